@@ -39,7 +39,7 @@ CLASSES = (
     "Bag",
     "Ankle boot",
 )
-BATCH = 128
+BATCH = 64
 # Patches kept, epochs.
 PHASES = ((49, 8), (98, 4), (196, 2))
 
@@ -108,7 +108,10 @@ def save(out: Path, state, card: dict, images: np.ndarray, labels: np.ndarray) -
     }
     np.savez_compressed(out / "weights.npz", allow_pickle=False, **weights)
     np.savez_compressed(
-        out / "images.npz", allow_pickle=False, images=images[:1000], labels=labels[:1000]
+        out / "images.npz",
+        allow_pickle=False,
+        images=images[:1000],
+        labels=labels[:1000],
     )
     (out / "card.json").write_text(json.dumps(card, indent=2) + "\n")
 
@@ -131,7 +134,7 @@ def main() -> None:
     )
     steps = len(train) // BATCH
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, 2e-3, 500, steps * sum(epochs for _, epochs in PHASES)
+        0.0, 1.5e-3, 1000, steps * sum(epochs for _, epochs in PHASES)
     )
     optimizer = optax.adamw(schedule, weight_decay=0.05)
     moments = optimizer.init(state)

@@ -1,0 +1,412 @@
+"""Which array is the query, the key and the value, and which axis is which.
+
+A softmax that weighs values is attention when its scores are a product of two
+arrays of which one runs over the same keys as the values. The axes then have
+roles: batch, head, group of heads that share a key, query, key.
+"""
+
+import dataclasses
+import math
+
+from xviz_jax.tracing import axes as axis_maps
+from xviz_jax.tracing.axes import AxisMap, axes_of
+from xviz_jax.tracing.compat import Literal
+from xviz_jax.tracing.graph import CUSTOM_RULE, Atom, Graph, Node
+from xviz_jax.tracing.matcher import Combine, Softmax
+
+BATCH, HEAD, GROUP, QUERY, KEY = range(5)
+
+_CASTS = ("convert_element_type", "copy", "reduce_precision", "sharding_constraint")
+_RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
+_LONGEST_WALK = 400
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Product:
+    """The query-key product behind a softmax.
+
+    Attributes:
+      node: The `dot_general`.
+      axes: The softmax's axes, with respect to the product's result.
+      query_side: Which operand is the query.
+      others: Further products added into the same scores.
+    """
+
+    node: Node
+    axes: AxisMap
+    query_side: int
+    others: tuple[Node, ...] = ()
+
+    @property
+    def query(self) -> Atom:
+        """The query operand."""
+        return self.node.ins[self.query_side]
+
+    @property
+    def key(self) -> Atom:
+        """The key operand."""
+        return self.node.ins[1 - self.query_side]
+
+
+@dataclasses.dataclass(eq=False)
+class Reading:
+    """One site, understood: where its arrays are and what their axes mean.
+
+    Attributes:
+      kind: As in `Site`.
+      softmax: The exponential and what becomes of it.
+      combine: Where the values are weighed.
+      deferred: Whether the division comes after the product with the values.
+      product: The query-key product, if there is one.
+      roles: The role of each of the softmax's axes.
+      probability: The value that holds the probabilities; None when deferred.
+      axes: That value's axes, with respect to the softmax.
+      shape: Sizes of the softmax's axes in the probabilities.
+      notes: What was not understood, a sentence each.
+    """
+
+    kind: str
+    softmax: Softmax
+    combine: Combine
+    deferred: bool
+    product: Product | None
+    roles: tuple[int, ...]
+    probability: Atom
+    axes: AxisMap
+    shape: tuple[int, ...]
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def along(self, *roles: int) -> list[int]:
+        """Axes that have one of `roles`, in the order of the roles."""
+        return [
+            axis for role in roles for axis, own in enumerate(self.roles) if own == role
+        ]
+
+    def canonical_shape(self) -> tuple[int, ...]:
+        """Sizes of batch, head, query and key."""
+        groups = ((BATCH,), (HEAD, GROUP), (QUERY,), (KEY,))
+        return tuple(
+            math.prod(self.shape[axis] for axis in self.along(*roles))
+            for roles in groups
+        )
+
+
+def read(graph: Graph, softmax: Softmax) -> Reading | None:
+    """Reads the site of a softmax; None where it weighs no values."""
+    found = _first_combine(softmax)
+    if found is None:
+        return None
+    kind, combine, deferred = found
+    keys = softmax.keys if kind == "attention" else frozenset(combine.summed())
+    shared = _shared_with_value(combine)
+    product, kind = _find_product(graph, softmax, combine, keys, shared, kind)
+    roles, note = _roles(graph, softmax, product, keys)
+    reading = Reading(
+        kind,
+        softmax,
+        combine,
+        deferred,
+        product,
+        roles,
+        None if deferred else softmax.probability,
+        axis_maps.identity(softmax.shape) if deferred else softmax.probability_axes,
+        softmax.shape,
+    )
+    if note:
+        reading.notes.append(note)
+    if not deferred:
+        _leave_custom_rule(graph, reading)
+        _advance(graph, reading)
+    return reading
+
+
+def _first_combine(softmax: Softmax) -> tuple[str, Combine, bool] | None:
+    """The first product with values; later ones belong to derivatives."""
+    whole = [c for c in softmax.combines if softmax.keys <= c.summed()]
+    for combine in whole:
+        if combine.kind == "probability":
+            return "attention", combine, False
+    if softmax.deferred is not None and softmax.deferred[0] in whole:
+        return "attention", softmax.deferred[0], True
+    for combine in softmax.combines:
+        summed = combine.summed()
+        if combine.kind == "probability" and summed and not summed & softmax.keys:
+            return "inverted", combine, False
+    return None
+
+
+def _shared_with_value(combine: Combine) -> set[int]:
+    """Axes of the softmax that the values have too."""
+    if combine.node.primitive == "dot_general":
+        contract, batch = combine.node.params["dimension_numbers"]
+        dims = [*contract[combine.operand], *batch[combine.operand]]
+    else:
+        dims = range(len(combine.axes))
+    return set().union(*[axes_of(combine.axes[dim]) for dim in dims])
+
+
+def _find_product(
+    graph: Graph,
+    softmax: Softmax,
+    combine: Combine,
+    keys: frozenset[int],
+    shared: set[int],
+    kind: str,
+) -> tuple[Product | None, str]:
+    wide = {axis for axis, size in enumerate(softmax.shape) if size > 1}
+    candidates = []
+    for node, axes in softmax.scores.items():
+        sides = axis_maps.dot_axes(graph, node)
+        batch = _softmax_axes(axes, set(range(len(sides[0]["batch"]))))
+        free = [_softmax_axes(axes, {s["out"][a] for a in s["free"]}) for s in sides]
+        for query_side in (0, 1):
+            queries, key_free = free[query_side], free[1 - query_side]
+            if not keys <= key_free or keys & queries:
+                continue
+            own = (batch | key_free) & wide
+            agree = own == shared & wide or combine.node.primitive != "dot_general"
+            candidates.append((not agree, node.index, node, axes, query_side, queries))
+    if not candidates:
+        return None, "pooling" if kind == "attention" else kind
+    candidates.sort(key=lambda candidate: candidate[:2])
+    disagree, _, node, axes, query_side, queries = candidates[0]
+    others = tuple({c[2]: None for c in candidates[1:] if c[2] is not node})
+    product = Product(node, axes, query_side, others)
+    if kind != "attention":
+        return product, kind
+    if _is_vector_query(graph, product):
+        return None, "pooling"
+    routed = disagree and (queries & shared & wide)
+    if combine.node.primitive == "dot_general" and (
+        routed or _is_expert_choice(graph, product, combine)
+    ):
+        return product, "router"
+    return product, kind
+
+
+def _softmax_axes(axes: AxisMap, of: set[int]) -> set[int]:
+    """Axes of the softmax that run over some axes of the product."""
+    return {axis for axis, pieces in enumerate(axes) if axes_of(pieces) & of}
+
+
+def _is_vector_query(graph: Graph, product: Product) -> bool:
+    """A parameter vector dotted with every key: learned-query or additive pooling."""
+    side = axis_maps.dot_axes(graph, product.node)[product.query_side]
+    shape = graph.shape(product.query)
+    single = all(shape[axis] == 1 for axis in side["free"])
+    return single and not side["batch"] and _is_raw(graph, product.query)
+
+
+def _is_expert_choice(graph: Graph, product: Product, combine: Combine) -> bool:
+    """Keys are bare parameters while values are computed: gates of experts."""
+    side = axis_maps.dot_axes(graph, product.node)[1 - product.query_side]
+    bare = not side["batch"] and _is_raw(graph, product.key)
+    return bare and not _is_raw(graph, combine.value)
+
+
+def _is_raw(graph: Graph, atom: Atom) -> bool:
+    """Whether a value is an input or constant, but for its shape and dtype."""
+    for _ in range(_LONGEST_WALK):
+        node = graph.source(atom)
+        if node is None:
+            return True
+        scaled = node.primitive in ("mul", "div") and isinstance(node.ins[1], Literal)
+        if node.primitive not in (*axis_maps.SHAPING, *_CASTS) and not scaled:
+            return False
+        atom = node.ins[0]
+    return False
+
+
+def _roles(
+    graph: Graph, softmax: Softmax, product: Product | None, keys: frozenset[int]
+) -> tuple[tuple[int, ...], str]:
+    roles = [BATCH] * len(softmax.shape)
+    note = ""
+    if product is not None:
+        note = _product_roles(graph, softmax, product, roles, keys)
+    for axis in keys:
+        roles[axis] = KEY
+    if product is not None and HEAD not in roles:
+        # Without weights to tell, the convention decides: heads come after batch.
+        own = [
+            axis
+            for axis, pieces in enumerate(product.axes)
+            if roles[axis] == BATCH and axes_of(pieces)
+        ]
+        if len(own) > 1:
+            roles[own[-1]] = HEAD
+    return tuple(roles), note
+
+
+def _product_roles(graph, softmax, product, roles, keys) -> str:
+    """Fills in the roles that the query-key product tells; returns a note."""
+    sides = axis_maps.dot_axes(graph, product.node)
+    query, key = sides[product.query_side], sides[1 - product.query_side]
+    depth = None
+    if query["contract"]:
+        depth = origin(graph, product.query, query["contract"][0])
+
+    def from_weights(axis: int) -> bool:
+        """Whether a query axis came out of the matrix the features came out of."""
+        return depth is not None and origin(graph, product.query, axis)[0] == depth[0]
+
+    def softmax_axes(axis: int) -> set[int]:
+        return _softmax_axes(product.axes, {query["out"][axis]})
+
+    free = [axis for axis in query["free"] if softmax_axes(axis)]
+    if free and all(from_weights(axis) for axis in free):
+        depth = None
+    queries, note = free, ""
+    if len(free) > 1 and len(free) != len(keys):
+        key_origins = [
+            origin(graph, product.key, axis)
+            for axis in key["free"]
+            if _softmax_axes(product.axes, {key["out"][axis]}) & keys
+        ]
+        queries = [axis for axis in free if not from_weights(axis)]
+        if len(queries) != 1:
+            queries = [
+                a for a in free if origin(graph, product.query, a) in key_origins
+            ]
+        if len(queries) != 1:
+            shape = graph.shape(product.query)
+            widest = max(free, key=lambda axis: (shape[axis], axis))
+            queries = [widest]
+            note = "which axis runs over the queries is a guess: the longest"
+    for axis in free:
+        for own in softmax_axes(axis):
+            roles[own] = QUERY if axis in queries else GROUP
+    for axis in query["batch"]:
+        for own in softmax_axes(axis):
+            roles[own] = HEAD if from_weights(axis) else BATCH
+    return note
+
+
+def origin(graph: Graph, atom: Atom, axis: int) -> tuple[Atom, int]:
+    """Follows one axis back to the array, and its axis, that it came from."""
+    for _ in range(_LONGEST_WALK):
+        node = graph.source(atom)
+        if node is None:
+            break
+        step = _step_back(graph, node, atom, axis)
+        if step is None:
+            break
+        atom, axis = step
+    return atom, axis
+
+
+def _step_back(graph: Graph, node: Node, atom: Atom, axis: int):
+    if node.primitive == "split":
+        return node.ins[0], axis
+    if node.primitive == "dot_general":
+        for operand, side in enumerate(axis_maps.dot_axes(graph, node)):
+            for own, out in side["out"].items():
+                if out == axis:
+                    return node.ins[operand], own
+        return None
+    result = graph.shape(atom)
+    for operand, source in enumerate(node.ins):
+        if isinstance(source, Literal):
+            continue
+        if node.primitive == "select_n" and operand == 0:
+            continue
+        shape = graph.shape(source)
+        if node.primitive in axis_maps.SHAPING:
+            identity = axis_maps.identity(shape)
+            for axes in axis_maps.through(graph, node, operand, identity):
+                pieces = [piece for piece in axes[axis] if not piece.broadcast]
+                wide = [piece for piece in pieces if piece.size > 1] or pieces
+                if wide:
+                    return source, wide[0].axis
+        elif shape == result and len(node.outs) == 1:
+            if len(node.ins) > 1 and _repeats(graph, source, axis):
+                continue
+            return source, axis
+    return None
+
+
+def _repeats(graph: Graph, atom: Atom, axis: int) -> bool:
+    node = graph.source(atom)
+    if node is None or node.primitive != "broadcast_in_dim":
+        return False
+    return axis not in [int(a) for a in node.params["broadcast_dimensions"]]
+
+
+def _leave_custom_rule(graph: Graph, reading: Reading) -> None:
+    """Reads probabilities where a function with its own derivative returns them."""
+    softmax, inside = reading.softmax, reading.combine.node.path
+    rules = [
+        call
+        for call in graph.visible[reading.probability]
+        if call not in inside and call.primitive in CUSTOM_RULE
+    ]
+    for call in rules[:1]:
+        for out in call.outs:
+            if not isinstance(out, Literal) and graph.shape(out) == softmax.shape:
+                reading.probability = out
+                reading.axes = axis_maps.identity(softmax.shape)
+
+
+def _advance(graph: Graph, reading: Reading) -> None:
+    """Moves past what still defines the probabilities.
+
+    `where(mask, probabilities, 0)` and the removal of a sink's column come after
+    the softmax but before the probabilities are used.
+    """
+    while True:
+        users = graph.users.get(reading.probability, [])
+        if len(users) != 1:
+            return
+        node = users[0]
+        if node.primitive == "slice" and node.params["strides"] is None:
+            maps = axis_maps.through(graph, node, 0, reading.axes)
+            if not maps:
+                return
+            reading.axes = maps[0]
+        elif node.primitive != "select_n" or not _masks(graph, node, reading):
+            return
+        reading.probability = node.outs[0]
+        sizes = list(reading.shape)
+        for pieces in reading.axes:
+            if len(pieces) == 1 and not pieces[0].broadcast and pieces[0].stride == 1:
+                sizes[pieces[0].axis] = min(pieces[0].size, sizes[pieces[0].axis])
+        reading.shape = tuple(sizes)
+
+
+def _masks(graph: Graph, node: Node, reading: Reading) -> bool:
+    others = [atom for atom in node.ins[1:] if atom != reading.probability]
+    same = graph.shape(node.outs[0]) == graph.shape(reading.probability)
+    return (
+        same
+        and len(others) == 1
+        and is_zero(graph, others[0])
+        and not is_random(graph, node.ins[0])
+    )
+
+
+def is_zero(graph: Graph, atom: Atom) -> bool:
+    """Whether a value is a literal zero of any shape."""
+    while not isinstance(atom, Literal):
+        node = graph.source(atom)
+        if node is None or node.primitive not in ("broadcast_in_dim", *_CASTS):
+            return False
+        atom = node.ins[0]
+    return bool(
+        (atom.val == 0) if not hasattr(atom.val, "all") else (atom.val == 0).all()
+    )
+
+
+def is_random(graph: Graph, atom: Atom) -> bool:
+    """Whether a value depends on random bits, looking back to the last product."""
+    waiting, seen = [atom], set()
+    while waiting and len(seen) < _LONGEST_WALK:
+        current = waiting.pop()
+        node = graph.source(current)
+        if node is None or node.index in seen:
+            continue
+        seen.add(node.index)
+        if node.primitive in _RANDOM:
+            return True
+        if node.primitive != "dot_general":
+            waiting += node.ins
+    return False
