@@ -1,0 +1,52 @@
+# `make demo` runs the main job, `make test` the whole test suite; both set up first.
+# PYTHON= chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV ?= .venv
+NEWEST ?= .venv-newest
+BIN = $(VENV)/bin
+
+# An interpreter newer than 3.11, for the newest JAX: on PATH, or among pyenv's.
+PYTHON312 ?= $(firstword $(foreach name,python3.12 $(wildcard \
+  $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.12*/bin/python3.12),\
+  $(shell $(name) -c "import sys" 2>/dev/null && echo $(name))))
+
+.PHONY: demo test lint smoke-newest benchmarks clean python
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/xviz-jax demo --out demo --overwrite
+
+test: $(VENV)/.installed-test lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest --doctest-modules xviz_jax --ignore=xviz_jax/kernels -q
+	$(MAKE) smoke-newest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# The contract on the newest JAX, where an interpreter for it exists.
+smoke-newest:
+ifeq ($(PYTHON312),)
+	@echo "No Python 3.12 here: the newest JAX is not tried."
+else
+	$(PYTHON312) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install -q --disable-pip-version-check -c constraints.txt -e ".[smoke]"
+	$(NEWEST)/bin/python -m pytest -q tests/contract
+endif
+
+benchmarks: $(VENV)/.installed-test
+	$(BIN)/python benchmarks/integrated_gradients.py
+	$(BIN)/python benchmarks/rollout.py
+
+python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "xviz_jax needs Python 3.11 or newer: found $$($(PYTHON) --version 2>&1 || echo no interpreter named $(PYTHON)); pass PYTHON=path/to/python3.11"; exit 1; }
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt | python
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[$*]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(NEWEST) build dist *.egg-info

@@ -1,0 +1,3 @@
+"""Attention visualization: one method, one file."""
+
+from xviz_jax.attention.attention_rollout import attention_rollout as attention_rollout

@@ -1,0 +1,244 @@
+"""What is explained, from where, and the answer.
+
+Every method of the library has one form,
+
+    method(model, *, options) -> explain(x, *rest, target=None, key=None)
+
+and returns an `Attribution`. This module holds what they share: the answer, the
+target that turns logits into the explained scalar, the baseline a path starts
+from, and the choice among positional arguments.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# None, a class, a pair of classes, or a function of the logits.
+Target = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attribution:
+    """An explanation of one output for one example.
+
+    Attributes:
+      scores: float32, shaped like the explained input, or one score per token or
+        position; the method's docstring says which.
+      output: The explained scalar at the input, float32.
+      diagnostics: Arrays that say how far the scores can be trusted, under the
+        names in the method's docstring.
+    """
+
+    scores: Any
+    output: jax.Array
+    diagnostics: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+
+def hold(target: Target, logits: jax.Array) -> Target:
+    """Checks a target against a model's logits, and fixes the predicted class.
+
+    Args:
+      target: As a user gives it; None is the class with the largest logit.
+      logits: The model's output at the explained input.
+
+    Returns:
+      A target that `explained` takes, the same at every other input.
+
+    Raises:
+      ValueError: If the target, or the model's output, has the wrong form.
+    """
+    if not hasattr(logits, "dtype") or not hasattr(logits, "shape"):
+        raise ValueError(
+            f"the model must return one array of logits, got {type(logits).__name__}"
+        )
+    if callable(target):
+        return target
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise ValueError(f"the model must return floats, got {logits.dtype}")
+    if logits.ndim == 0 and target is None:
+        return None
+    if logits.ndim != 1:
+        raise ValueError(
+            "the model must return logits of shape (classes,) for one example, got "
+            f"{logits.shape}; use `xv.single` for a model of batches, or a callable "
+            "target for any other output"
+        )
+    if target is None:
+        return jax.lax.stop_gradient(jnp.argmax(logits))
+    if isinstance(target, tuple | list):
+        if len(target) != 2:
+            raise ValueError(
+                f"a target pair is (class, other class), got {len(target)} entries"
+            )
+        return tuple(_check_class(each, logits.shape[0]) for each in target)
+    return _check_class(target, logits.shape[0])
+
+
+def _check_class(target: Target, classes: int) -> Target:
+    known = isinstance(target, int | np.integer) and not isinstance(target, bool)
+    if known and not 0 <= target < classes:
+        raise ValueError(
+            f"`target` is a class from 0 to {classes - 1}, got {int(target)}"
+        )
+    if known:
+        return int(target)
+    if not hasattr(target, "dtype") or not jnp.issubdtype(target.dtype, jnp.integer):
+        raise ValueError(
+            "`target` is None, an integer, a pair of integers or a callable, got "
+            f"{target!r}"
+        )
+    if target.shape != ():
+        raise ValueError(
+            f"`target` is one integer for one example, got shape {target.shape}; "
+            "use `jax.vmap` for a batch"
+        )
+    return target
+
+
+def explained(target: Target, logits: jax.Array) -> jax.Array:
+    """The scalar that is explained, in float32.
+
+    A traced class outside the logits gives NaN, and so do its gradients.
+
+    Args:
+      target: As `hold` returns it.
+      logits: The model's output.
+
+    Raises:
+      ValueError: If a callable target returns anything but a float scalar.
+    """
+    if callable(target):
+        value = target(logits)
+        dtype = getattr(value, "dtype", None)
+        shape = getattr(value, "shape", None)
+        if shape != () or not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"a callable target returns one float, got {dtype} of shape {shape}"
+            )
+        return value.astype(jnp.float32)
+    if target is None:
+        return logits.astype(jnp.float32)
+    if isinstance(target, tuple):
+        return _logit(target[0], logits) - _logit(target[1], logits)
+    return _logit(target, logits)
+
+
+def _logit(target: Target, logits: jax.Array) -> jax.Array:
+    logits = logits.astype(jnp.float32)
+    if isinstance(target, int):
+        return logits[target]
+    valid = (target >= 0) & (target < logits.shape[0])
+    chosen = jax.lax.dynamic_index_in_dim(logits, target, keepdims=False)
+    return chosen * jnp.where(valid, jnp.float32(1), jnp.float32(jnp.nan))
+
+
+def choose(
+    args: Sequence[Any], argnums: int | Sequence[int]
+) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:
+    """Splits what is explained from the other positional arguments.
+
+    Args:
+      args: Positional arguments of the model.
+      argnums: Which of them are explained, as in `jax.grad`.
+
+    Returns:
+      The explained input (a tuple where `argnums` is a sequence), and a function
+      that puts another in its place.
+
+    Raises:
+      ValueError: If there is no such argument, or it is not made of floats.
+    """
+    numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    for number in numbers:
+        if not -len(args) <= number < len(args):
+            raise ValueError(
+                f"`argnums` is {argnums}, but {len(args)} positional arguments came"
+            )
+    numbers = tuple(number % len(args) for number in numbers)
+    picked = tuple(args[number] for number in numbers)
+    x = picked[0] if isinstance(argnums, int) else picked
+    leaves = jax.tree.leaves(x)
+    if not leaves:
+        raise ValueError("the explained input has no arrays")
+    for leaf in leaves:
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            got = type(leaf).__name__ if dtype is None else dtype
+            raise ValueError(f"the explained input must be a float array, got {got}")
+
+    def put(other: Any) -> tuple[Any, ...]:
+        filled = list(args)
+        others = (other,) if isinstance(argnums, int) else other
+        for number, each in zip(numbers, others, strict=True):
+            filled[number] = each
+        return tuple(filled)
+
+    return x, put
+
+
+def start(baseline: Any, x: Any) -> Any:
+    """The input a path starts from, shaped like `x`.
+
+    Args:
+      baseline: None for zeros, a number, an array or pytree shaped like `x`, or a
+        function of `x` that returns one of these.
+      x: The explained input.
+
+    Raises:
+      ValueError: If the shapes differ.
+    """
+    if callable(baseline):
+        baseline = baseline(x)
+    if baseline is None:
+        baseline = 0.0
+    if _is_number(baseline):
+        return jax.tree.map(lambda leaf: jnp.full_like(leaf, baseline), x)
+    if jax.tree.structure(baseline) != jax.tree.structure(x):
+        raise ValueError(
+            f"`baseline` has the structure {jax.tree.structure(baseline)}, but the "
+            f"input has {jax.tree.structure(x)}"
+        )
+
+    def match(begin: Any, leaf: jax.Array) -> jax.Array:
+        if jnp.shape(begin) != leaf.shape:
+            raise ValueError(
+                f"`baseline` has shape {jnp.shape(begin)}, but the input has "
+                f"{leaf.shape}"
+            )
+        return jnp.asarray(begin).astype(leaf.dtype)
+
+    return jax.tree.map(match, baseline, x)
+
+
+def _is_number(value: Any) -> bool:
+    array = isinstance(value, np.ndarray | np.generic | jax.Array)
+    return isinstance(value, int | float) or (array and value.ndim == 0)
+
+
+def single(batched_model: Callable) -> Callable:
+    """Makes a model of one example from a model of batches.
+
+    The first argument, and the output, lose their leading axis of length 1.
+
+    Args:
+      batched_model: Maps `[batch, ...]` (and further arguments, passed through) to
+        an output with a leading batch axis.
+
+    Returns:
+      A function of one example.
+
+    >>> import jax.numpy as jnp
+    >>> single(lambda batch: batch.sum(axis=-1))(jnp.ones(3)).shape
+    ()
+    """
+
+    def model(x: Any, *rest: Any) -> Any:
+        batch = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], x)
+        return jax.tree.map(lambda leaf: leaf[0], batched_model(batch, *rest))
+
+    return model
