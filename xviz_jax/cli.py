@@ -39,19 +39,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imports the model and matplotlib, which `--help` need not wait for.
     from xviz_jax import demo as main_job
 
+    options = {
+        "limit": arguments.limit,
+        "methods": tuple(arguments.methods.split(",")),
+        "steps": arguments.steps,
+        "microbatch": arguments.microbatch,
+        "overwrite": arguments.overwrite,
+    }
     try:
-        main_job.run(
-            arguments.out,
-            limit=arguments.limit,
-            methods=tuple(arguments.methods.split(",")),
-            steps=arguments.steps,
-            microbatch=arguments.microbatch,
-            seed=arguments.seed,
-            overwrite=arguments.overwrite,
-        )
+        main_job.check(arguments.out, **options)
     except ValueError as error:
         print(f"xviz-jax demo: {error}", file=sys.stderr)
         return 2
+    main_job.run(arguments.out, seed=arguments.seed, **options)
     return 0
 
 

@@ -16,10 +16,46 @@ from xviz_jax import batch
 from xviz_jax.attention import attention_rollout
 from xviz_jax.attribution import Attribution
 from xviz_jax.gradients import input_x_gradient, integrated_gradients, saliency
+from xviz_jax.gradients.quadrature import rule_nodes
 from xviz_jax.models import embedded
 from xviz_jax.plotting import gallery
 
 _GALLERY, _GALLERY_MISTAKES = 8, 2
+
+
+METHODS = (
+    "attention_rollout",
+    "integrated_gradients",
+    "saliency",
+    "input_x_gradient",
+)
+
+
+def check(
+    out: Path,
+    limit: int,
+    methods: Sequence[str],
+    steps: int,
+    microbatch: int,
+    overwrite: bool,
+) -> None:
+    """Refuses wrong options before anything is computed or written.
+
+    Raises:
+      ValueError: If an option does not fit, or the folder is not empty.
+    """
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown or not methods:
+        raise ValueError(f"methods are among {METHODS}, got {tuple(methods)}")
+    if not 1 <= limit <= embedded.IMAGES:
+        raise ValueError(f"`limit` is from 1 to {embedded.IMAGES}, got {limit}")
+    rule_nodes("gauss_legendre", steps)
+    if microbatch < 1:
+        raise ValueError(f"`microbatch` is positive, got {microbatch}")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is not a folder")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise ValueError(f"{out} is not empty; pass --overwrite to write into it")
 
 
 def explainers(model: Callable, steps: int) -> dict[str, Callable[..., Attribution]]:
@@ -63,20 +99,12 @@ def run(
     Raises:
       ValueError: If an option does not fit, or the folder is not empty.
     """
+    check(out, limit, methods, steps, microbatch, overwrite)
+    out.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     forward, parameters = embedded.functional()
     known = explainers(forward, steps)
-    unknown = [name for name in methods if name not in known]
-    if unknown or not methods:
-        raise ValueError(f"methods are among {list(known)}, got {list(methods)}")
     images, labels = embedded.images()
-    if not 1 <= limit <= len(images):
-        raise ValueError(f"`limit` is from 1 to {len(images)}, got {limit}")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is not a folder")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise ValueError(f"{out} is not empty; pass --overwrite to write into it")
-    out.mkdir(parents=True, exist_ok=True)
     images, labels = images[:limit], labels[:limit]
 
     console = Console()

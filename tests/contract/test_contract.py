@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import xviz_jax as xv
 from tests.contract.table import (
@@ -109,8 +109,9 @@ def test_one_trace_per_shape(method):
 
 
 @every_method
-def test_sharded_equals_a_single_device(method, explain):
-    mesh = jax.make_mesh((4,), ("batch",))
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_equals_a_single_device(method, explain, kind):
+    mesh = jax.make_mesh((4,), ("batch",), axis_types=(kind,))
     batch = example(8)
     placed = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("batch")))
     program = jax.jit(jax.vmap(explain))
@@ -119,13 +120,13 @@ def test_sharded_equals_a_single_device(method, explain):
 
 @every_method
 def test_shard_map_equals_a_single_device(method, explain):
-    mesh = jax.make_mesh((4,), ("batch",))
+    mesh = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Auto,))
     spec = PartitionSpec("batch")
     batch = example(8)
     mapped = jax.shard_map(
         jax.vmap(explain), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
     )
-    close(jax.jit(mapped)(batch), jax.vmap(explain)(batch))
+    close(jax.jit(mapped)(batch), jax.jit(jax.vmap(explain))(batch))
 
 
 @every_method
@@ -154,18 +155,18 @@ def test_bfloat16_gives_float32_scores(method):
 
 class TestTargets:
     @every_method
-    def test_none_is_the_predicted_class(method, self, explain):
+    def test_none_is_the_predicted_class(self, method, explain):
         predicted = int(jnp.argmax(model(example())))
         close(explain(example()), explain(example(), target=predicted))
 
     @every_method
-    def test_traced_integer(method, self, explain):
+    def test_traced_integer(self, method, explain):
         traced = jax.jit(lambda x, target: explain(x, target=target))
         for target in range(CLASSES):
             close(traced(example(), target), explain(example(), target=target))
 
     @every_method
-    def test_one_target_per_example(method, self, explain):
+    def test_one_target_per_example(self, method, explain):
         targets = jnp.array([2, 0, 3])
         batch = jax.vmap(explain)(example(3), target=targets)
         for index, target in enumerate([2, 0, 3]):
@@ -185,7 +186,7 @@ class TestTargets:
             )
 
     @every_method
-    def test_callable(method, self, explain):
+    def test_callable(self, method, explain):
         mine = explain(example(), target=lambda logits: logits[1])
         close(mine, explain(example(), target=1))
 
@@ -195,7 +196,7 @@ class TestTargets:
         assert np.array_equal(one, two) == method.class_blind
 
     @every_method
-    def test_a_traced_class_outside_the_logits_is_not_a_number(method, self, explain):
+    def test_a_traced_class_outside_the_logits_is_not_a_number(self, method, explain):
         for target in (CLASSES, -1):
             outside = jax.jit(lambda x, t: explain(x, target=t))(example(), target)
             assert np.isnan(outside.output)
@@ -217,7 +218,7 @@ class TestTargets:
         ],
     )
     @every_method
-    def test_wrong_ones_are_refused(method, self, explain, target, said):
+    def test_wrong_ones_are_refused(self, method, explain, target, said):
         with pytest.raises(ValueError, match=said):
             explain(example(), target=target)
 

@@ -18,6 +18,8 @@ from flax import nnx
 from xviz_jax.models.embedded.modeling import Config as Config
 from xviz_jax.models.embedded.modeling import VisionTransformer as VisionTransformer
 
+IMAGES = 1000
+
 _FOLDER = resources.files(__name__)
 
 

@@ -38,7 +38,7 @@ def _waves(config: Config) -> jax.Array:
     random values a network this small is slow to find out which patches touch.
     """
     frequencies = 100.0 ** -jnp.linspace(0, 1, config.width // 4)
-    angles = jnp.arange(config.grid)[:, None] * frequencies
+    angles = jnp.outer(jnp.arange(config.grid, dtype=jnp.float32), frequencies)
     waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     rows = jnp.repeat(waves, config.grid, axis=0)
     columns = jnp.tile(waves, (config.grid, 1))
