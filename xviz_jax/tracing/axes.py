@@ -9,12 +9,12 @@ that an array can be carried from one layout to the other.
 import dataclasses
 import itertools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from xviz_jax.tracing.graph import Graph, Node
+from xviz_jax.tracing.compat import Literal
+from xviz_jax.tracing.graph import Atom, Graph, Node
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,28 +270,124 @@ def from_view(value: jax.Array, axes: AxisMap, reference: tuple[int, ...]) -> ja
     return value.transpose(order).reshape(sizes)
 
 
-def dot_axes(graph: Graph, node: Node) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Describes both operands of a `dot_general`.
+def refine(axes: AxisMap, cuts: dict[int, list[Piece]]) -> AxisMap | None:
+    """The map with respect to a reference whose axes were cut into several.
 
-    For each: `batch`, `contract` and `free` axes of the operand, and `out`, which
-    maps each batch or free axis to the axis of the result it becomes.
+    Args:
+      axes: A map with respect to the old reference.
+      cuts: For each old axis, the new axes it became, slowest first; the strides
+        are those on the old axis.
+
+    Returns:
+      The map with respect to the new reference, or None where a piece runs across
+      a cut unevenly.
     """
+    refined = []
+    for group in axes:
+        pieces: list[Piece] = []
+        for piece in group:
+            if piece.broadcast:
+                pieces.append(piece)
+            elif len(cuts[piece.axis]) == 1:
+                pieces.append(dataclasses.replace(piece, axis=cuts[piece.axis][0].axis))
+            else:
+                for cut in cuts[piece.axis]:
+                    low = max(cut.stride, piece.stride)
+                    high = min(cut.stride * cut.size, piece.stride * piece.size)
+                    if high <= low:
+                        continue
+                    if high % low or low % cut.stride:
+                        return None
+                    pieces.append(Piece(cut.axis, low // cut.stride, high // low))
+        refined.append(tuple(pieces))
+    return tuple(refined)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Side:
+    """One operand of a product that sums over some of its axes.
+
+    Attributes:
+      atom: The operand.
+      batch: Its axes that the other operand has too.
+      contract: Its axes that are summed over.
+      free: Its axes that only it has.
+      out: For each batch or free axis, the axis of the result it becomes.
+    """
+
+    atom: Atom
+    batch: tuple[int, ...]
+    contract: tuple[int, ...]
+    free: tuple[int, ...]
+    out: dict[int, int]
+
+
+def sides(graph: Graph, node: Node) -> tuple[Side, Side] | None:
+    """Both operands of a product: a `dot_general`, or the sum of a multiplication."""
+    if node.primitive == "dot_general":
+        return _dot_sides(graph, node)
+    if node.primitive == "reduce_sum":
+        return _sum_sides(graph, node)
+    return None
+
+
+def _dot_sides(graph: Graph, node: Node) -> tuple[Side, Side]:
     contract, batch = node.params["dimension_numbers"]
-    sides = []
+    found = []
     start = len(batch[0])
     for side in (0, 1):
         rank = len(graph.shape(node.ins[side]))
         used = {*contract[side], *batch[side]}
-        free = [axis for axis in range(rank) if axis not in used]
+        free = tuple(axis for axis in range(rank) if axis not in used)
         out = {axis: place for place, axis in enumerate(batch[side])}
         out.update({axis: start + place for place, axis in enumerate(free)})
         start += len(free)
-        sides.append(
-            {
-                "batch": list(batch[side]),
-                "contract": list(contract[side]),
-                "free": free,
-                "out": out,
-            }
-        )
-    return sides[0], sides[1]
+        atom = node.ins[side]
+        found.append(Side(atom, tuple(batch[side]), tuple(contract[side]), free, out))
+    return found[0], found[1]
+
+
+def _sum_sides(graph: Graph, node: Node) -> tuple[Side, Side] | None:
+    product = graph.source(node.ins[0])
+    if product is None or product.primitive != "mul":
+        return None
+    if any(isinstance(atom, Literal) for atom in product.ins):
+        return None
+    summed = {int(axis) for axis in node.params["axes"]}
+    rank = len(graph.shape(node.ins[0]))
+    kept = [axis for axis in range(rank) if axis not in summed]
+    places = [unrepeated(graph, atom) for atom in product.ins]
+    wide = [
+        {t for axis, t in enumerate(targets) if graph.shape(atom)[axis] > 1}
+        for atom, targets in places
+    ]
+    found = []
+    for (atom, targets), other in zip(places, (wide[1], wide[0]), strict=True):
+        shape = graph.shape(atom)
+        axes: dict[str, list[int]] = {"batch": [], "contract": [], "free": []}
+        for axis, target in enumerate(targets):
+            if target in summed:
+                axes["contract"].append(axis)
+            else:
+                shared = target in other and shape[axis] > 1
+                axes["batch" if shared else "free"].append(axis)
+        out = {
+            axis: kept.index(target)
+            for axis, target in enumerate(targets)
+            if target not in summed
+        }
+        groups = (tuple(axes[name]) for name in ("batch", "contract", "free"))
+        found.append(Side(atom, *groups, out))
+    return found[0], found[1]
+
+
+def unrepeated(graph: Graph, atom: Atom) -> tuple[Atom, list[int]]:
+    """A value before it was broadcast, and which axis each of its axes became."""
+    targets = list(range(len(graph.shape(atom))))
+    while (node := graph.source(atom)) is not None:
+        if node.primitive != "broadcast_in_dim":
+            break
+        own = node.params["broadcast_dimensions"]
+        targets = [targets[int(axis)] for axis in own]
+        atom = node.ins[0]
+    return atom, targets

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from xviz_jax.tracing import axes as axis_maps
-from xviz_jax.tracing.axes import AxisMap, axes_of
+from xviz_jax.tracing.axes import AxisMap, Piece, axes_of
 from xviz_jax.tracing.compat import Literal
 from xviz_jax.tracing.graph import Atom, Body, Graph, Node
 
@@ -104,14 +104,17 @@ class Combine:
 class Softmax:
     """One exponential and what becomes of it.
 
-    Axes are numbered as the exponential's own.
+    Axes are numbered as the exponential's own; `refined` cuts them as finely as a
+    product's.
     """
 
     node: Node
     body: Body
     shape: tuple[int, ...]
     scores: dict[Node, AxisMap]
-    keys: frozenset[int] | None = None
+    # The exponential's own axes; more than one piece each once they are cut.
+    axes: AxisMap = ()
+    keys: frozenset[int] = frozenset()
     total: Atom = None
     total_axes: AxisMap = ()
     probability: Atom = None
@@ -127,6 +130,66 @@ class Softmax:
     def exponential(self) -> Atom:
         """The value `exp` returns."""
         return self.node.outs[0]
+
+    def refined(self, product: Node) -> "Softmax":
+        """The same with each axis cut where the axes of a product meet.
+
+        Rows of several heads or examples may be flattened before the softmax; cut
+        again, each axis has one role.
+        """
+        cuts: dict[int, list[Piece]] = {}
+        for axis, size in enumerate(self.shape):
+            stride, cuts[axis] = size, []
+            for piece in self.scores[product][axis] or (Piece(0, 1, size),):
+                stride //= piece.size
+                number = sum(map(len, cuts.values()))
+                cuts[axis].append(Piece(number, stride, piece.size))
+            if len(cuts[axis]) == 1:
+                cuts[axis] = [dataclasses.replace(cuts[axis][0], stride=1, size=size)]
+            elif stride != 1:
+                return self
+        if all(len(cut) == 1 for cut in cuts.values()):
+            return self
+        shape = tuple(piece.size for cut in cuts.values() for piece in cut)
+
+        def refine(axes: AxisMap) -> AxisMap:
+            refined = axis_maps.refine(axes, cuts)
+            if refined is None:
+                raise _UnevenError
+            return refined
+
+        def view(axes: AxisMap) -> AxisMap:
+            split = axis_maps.reshape(axes, shape)
+            if split is None:
+                raise _UnevenError
+            return split
+
+        try:
+            combines = [
+                dataclasses.replace(each, axes=refine(each.axes))
+                for each in self.combines
+            ]
+            deferred = self.deferred
+            if deferred is not None:
+                place = self.combines.index(deferred[0])
+                deferred = (combines[place], *deferred[1:])
+            return dataclasses.replace(
+                self,
+                shape=shape,
+                scores={product: view(self.scores[product])},
+                axes=refine(self.axes),
+                keys=frozenset(p.axis for axis in self.keys for p in cuts[axis]),
+                total_axes=refine(self.total_axes),
+                probability_axes=refine(self.probability_axes),
+                combines=combines,
+                deferred=deferred,
+            )
+        except _UnevenError:
+            return self
+
+
+class _UnevenError(Exception):
+    """An axis cannot be cut where another meets it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,11 +254,12 @@ class _Finder:
                 divided = self._divide(node)
                 self._log_probability(node)
                 self._pass(node, divided)
-        return [softmax for softmax in self.found if softmax.keys is not None]
+        return [softmax for softmax in self.found if softmax.keys]
 
     def _dot(self, node: Node) -> None:
         shape = self.graph.shape(node.outs[0])
-        sides = axis_maps.dot_axes(self.graph, node)
+        sides = axis_maps.sides(self.graph, node)
+        assert sides is not None
         for operand in (0, 1):
             mine, value = sides[operand], node.ins[1 - operand]
             weights = self.tags.of(node.ins[operand], "probability", "exponential")
@@ -208,7 +272,7 @@ class _Finder:
                 elif softmax.keys and not combine.summed() & softmax.keys:
                     # Heads are mixed (talking heads): still probabilities.
                     axes = [axis_maps.repeated(size) for size in shape]
-                    for axis, out in mine["out"].items():
+                    for axis, out in mine.out.items():
                         axes[out] = tag.axes[axis]
                     mixed = _Tag(tuple(axes), factor=value)
                     self.tags.add(node.outs[0], "probability", softmax, mixed)
@@ -219,20 +283,21 @@ class _Finder:
     def _mix_scores(self, node: Node, operand: int, sides: tuple) -> None:
         """A product over the head axis of scores leaves scores (talking heads)."""
         mine, other = sides[operand], sides[1 - operand]
-        if len(mine["contract"]) != 1 or len(other["free"]) != 1:
+        if len(mine.contract) != 1 or len(other.free) != 1:
             return
-        contracted = mine["contract"][0]
-        width = self.graph.shape(node.ins[1 - operand])[other["free"][0]]
+        contracted = mine.contract[0]
+        width = self.graph.shape(node.ins[1 - operand])[other.free[0]]
         for _, product, tag in self.tags.of(node.ins[operand], "score"):
             pieces = tag.axes[contracted]
-            batch = len(product.params["dimension_numbers"][1][0])
-            if len(pieces) != 1 or not 0 <= pieces[0].axis < batch:
+            made = axis_maps.sides(self.graph, product)
+            batch = {made[0].out[axis] for axis in made[0].batch} if made else set()
+            if len(pieces) != 1 or pieces[0].axis not in batch:
                 continue
             axes: list[Any] = [()] * len(self.graph.shape(node.outs[0]))
-            for axis, out in mine["out"].items():
+            for axis, out in mine.out.items():
                 axes[out] = tag.axes[axis]
             head = dataclasses.replace(pieces[0], size=width)
-            axes[other["out"][other["free"][0]]] = (head,)
+            axes[other.out[other.free[0]]] = (head,)
             self.tags.add(node.outs[0], "score", product, _Tag(tuple(axes)))
 
     def _exp(self, node: Node) -> None:
@@ -246,12 +311,21 @@ class _Finder:
         scores = {
             product: tag.axes for _, product, tag in self.tags.of(operand, "score")
         }
-        softmax = Softmax(node, self.body, shape, scores)
-        self.found.append(softmax)
-        identity = _Tag(axis_maps.identity(shape))
-        self.tags.add(result, "exponential", softmax, identity)
+        whole = axis_maps.identity(shape)
+        for softmax in self.found:
+            # The same exponential written twice.
+            same = softmax.node.primitive == node.primitive
+            if same and softmax.node.ins[0] == operand:
+                break
+        else:
+            softmax = Softmax(node, self.body, shape, scores, whole)
+            self.found.append(softmax)
+        self.tags.add(result, "exponential", softmax, _Tag(whole))
 
     def _sum(self, node: Node) -> None:
+        if axis_maps.sides(self.graph, node) is not None:
+            own = _Tag(axis_maps.identity(self.graph.shape(node.outs[0])))
+            self.tags.add(node.outs[0], "score", node, own)
         over = {int(axis) for axis in node.params["axes"]}
         wanted = ("exponential", "probability")
         for kind, softmax, tag in self.tags.of(node.ins[0], *wanted):
@@ -260,7 +334,7 @@ class _Finder:
             spread = any(piece.broadcast for pieces in rest for piece in pieces)
             masked = tag.factor is None or self._is_mask(tag.factor)
             if kind == "exponential" and summed and masked and not spread:
-                if softmax.keys is None:
+                if not softmax.keys:
                     softmax.keys = frozenset(summed)
                     softmax.total, softmax.total_axes = node.outs[0], rest
                 if softmax.keys == summed:

@@ -9,7 +9,7 @@ import dataclasses
 import math
 
 from xviz_jax.tracing import axes as axis_maps
-from xviz_jax.tracing.axes import AxisMap, axes_of
+from xviz_jax.tracing.axes import AxisMap, Side, axes_of
 from xviz_jax.tracing.compat import Literal
 from xviz_jax.tracing.graph import CUSTOM_RULE, Atom, Graph, Node
 from xviz_jax.tracing.matcher import Combine, Softmax
@@ -26,13 +26,15 @@ class Product:
     """The query-key product behind a softmax.
 
     Attributes:
-      node: The `dot_general`.
+      node: Where it is made.
+      sides: Its operands.
       axes: The softmax's axes, with respect to the product's result.
       query_side: Which operand is the query.
       others: Further products added into the same scores.
     """
 
     node: Node
+    sides: tuple[Side, Side]
     axes: AxisMap
     query_side: int
     others: tuple[Node, ...] = ()
@@ -40,12 +42,12 @@ class Product:
     @property
     def query(self) -> Atom:
         """The query operand."""
-        return self.node.ins[self.query_side]
+        return self.sides[self.query_side].atom
 
     @property
     def key(self) -> Atom:
         """The key operand."""
-        return self.node.ins[1 - self.query_side]
+        return self.sides[1 - self.query_side].atom
 
 
 @dataclasses.dataclass(eq=False)
@@ -96,11 +98,14 @@ def read(graph: Graph, softmax: Softmax) -> Reading | None:
     found = _first_combine(softmax)
     if found is None:
         return None
+    product, _ = _find_product(graph, softmax, *found[:2])
+    if product is not None:
+        softmax = softmax.refined(product.node)
+        found = _first_combine(softmax) or found
     kind, combine, deferred = found
-    keys = softmax.keys if kind == "attention" else frozenset(combine.summed())
-    shared = _shared_with_value(combine)
-    product, kind = _find_product(graph, softmax, combine, keys, shared, kind)
-    roles, note = _roles(graph, softmax, product, keys)
+    product, kind = _find_product(graph, softmax, kind, combine)
+    keys = softmax.keys if found[0] == "attention" else frozenset(combine.summed())
+    roles, note = _roles(graph, softmax, product, combine, keys)
     reading = Reading(
         kind,
         softmax,
@@ -109,7 +114,7 @@ def read(graph: Graph, softmax: Softmax) -> Reading | None:
         product,
         roles,
         None if deferred else softmax.probability,
-        axis_maps.identity(softmax.shape) if deferred else softmax.probability_axes,
+        softmax.axes if deferred else softmax.probability_axes,
         softmax.shape,
     )
     if note:
@@ -135,51 +140,51 @@ def _first_combine(softmax: Softmax) -> tuple[str, Combine, bool] | None:
     return None
 
 
-def _shared_with_value(combine: Combine) -> set[int]:
+def _shared_with_value(graph: Graph, combine: Combine) -> set[int]:
     """Axes of the softmax that the values have too."""
     if combine.node.primitive == "dot_general":
         contract, batch = combine.node.params["dimension_numbers"]
         dims = [*contract[combine.operand], *batch[combine.operand]]
     else:
-        dims = range(len(combine.axes))
+        atom, targets = axis_maps.unrepeated(graph, combine.value)
+        sizes = zip(targets, graph.shape(atom), strict=True)
+        dims = [target for target, size in sizes if size > 1]
     return set().union(*[axes_of(combine.axes[dim]) for dim in dims])
 
 
 def _find_product(
-    graph: Graph,
-    softmax: Softmax,
-    combine: Combine,
-    keys: frozenset[int],
-    shared: set[int],
-    kind: str,
+    graph: Graph, softmax: Softmax, kind: str, combine: Combine
 ) -> tuple[Product | None, str]:
+    """The product of which one side runs over the keys, and what kind it makes."""
     wide = {axis for axis, size in enumerate(softmax.shape) if size > 1}
+    keys = softmax.keys if kind == "attention" else frozenset(combine.summed())
+    shared = _shared_with_value(graph, combine) & wide
     candidates = []
     for node, axes in softmax.scores.items():
-        sides = axis_maps.dot_axes(graph, node)
-        batch = _softmax_axes(axes, set(range(len(sides[0]["batch"]))))
-        free = [_softmax_axes(axes, {s["out"][a] for a in s["free"]}) for s in sides]
+        sides = axis_maps.sides(graph, node)
+        if sides is None:
+            continue
+        batch = _softmax_axes(axes, {sides[0].out[axis] for axis in sides[0].batch})
+        free = [_softmax_axes(axes, {s.out[axis] for axis in s.free}) for s in sides]
         for query_side in (0, 1):
             queries, key_free = free[query_side], free[1 - query_side]
             if not keys <= key_free or keys & queries:
                 continue
-            own = (batch | key_free) & wide
-            agree = own == shared & wide or combine.node.primitive != "dot_general"
-            candidates.append((not agree, node.index, node, axes, query_side, queries))
+            agree = (batch | key_free) & wide == shared
+            product = Product(node, sides, axes, query_side)
+            routed = bool(queries & wide) and queries & wide <= shared and not agree
+            candidates.append((not agree, node.index, product, routed, batch & wide))
     if not candidates:
         return None, "pooling" if kind == "attention" else kind
     candidates.sort(key=lambda candidate: candidate[:2])
-    disagree, _, node, axes, query_side, queries = candidates[0]
-    others = tuple({c[2]: None for c in candidates[1:] if c[2] is not node})
-    product = Product(node, axes, query_side, others)
+    _, _, product, routed, batch = candidates[0]
+    others = {c[2].node: None for c in candidates[1:] if c[2].node is not product.node}
+    product = dataclasses.replace(product, others=tuple(others))
     if kind != "attention":
         return product, kind
     if _is_vector_query(graph, product):
         return None, "pooling"
-    routed = disagree and (queries & shared & wide)
-    if combine.node.primitive == "dot_general" and (
-        routed or _is_expert_choice(graph, product, combine)
-    ):
+    if (routed and not batch) or _is_expert_choice(graph, product, combine):
         return product, "router"
     return product, kind
 
@@ -191,16 +196,16 @@ def _softmax_axes(axes: AxisMap, of: set[int]) -> set[int]:
 
 def _is_vector_query(graph: Graph, product: Product) -> bool:
     """A parameter vector dotted with every key: learned-query or additive pooling."""
-    side = axis_maps.dot_axes(graph, product.node)[product.query_side]
+    side = product.sides[product.query_side]
     shape = graph.shape(product.query)
-    single = all(shape[axis] == 1 for axis in side["free"])
-    return single and not side["batch"] and _is_raw(graph, product.query)
+    single = all(shape[axis] == 1 for axis in side.free)
+    return single and not side.batch and _is_raw(graph, product.query)
 
 
 def _is_expert_choice(graph: Graph, product: Product, combine: Combine) -> bool:
     """Keys are bare parameters while values are computed: gates of experts."""
-    side = axis_maps.dot_axes(graph, product.node)[1 - product.query_side]
-    bare = not side["batch"] and _is_raw(graph, product.key)
+    side = product.sides[1 - product.query_side]
+    bare = not side.batch and _is_raw(graph, product.key)
     return bare and not _is_raw(graph, combine.value)
 
 
@@ -218,12 +223,18 @@ def _is_raw(graph: Graph, atom: Atom) -> bool:
 
 
 def _roles(
-    graph: Graph, softmax: Softmax, product: Product | None, keys: frozenset[int]
+    graph: Graph,
+    softmax: Softmax,
+    product: Product | None,
+    combine: Combine,
+    keys: frozenset[int],
 ) -> tuple[tuple[int, ...], str]:
     roles = [BATCH] * len(softmax.shape)
     note = ""
     if product is not None:
         note = _product_roles(graph, softmax, product, roles, keys)
+    else:
+        _pooling_roles(graph, softmax, combine, roles, keys)
     for axis in keys:
         roles[axis] = KEY
     if product is not None and HEAD not in roles:
@@ -238,45 +249,61 @@ def _roles(
     return tuple(roles), note
 
 
+def _pooling_roles(graph, softmax, combine, roles, keys) -> None:
+    """Axes that the values lack: heads if a parameter has them, else queries."""
+    lacking = set(range(len(softmax.shape))) - _shared_with_value(graph, combine)
+    for axis in lacking:
+        roles[axis] = QUERY
+    for node, axes in softmax.scores.items():
+        made = axis_maps.sides(graph, node)
+        for side in made or ():
+            own = _softmax_axes(axes, {side.out[axis] for axis in side.free})
+            if not own & keys and _is_raw(graph, side.atom):
+                for axis in own & lacking:
+                    roles[axis] = HEAD
+
+
 def _product_roles(graph, softmax, product, roles, keys) -> str:
     """Fills in the roles that the query-key product tells; returns a note."""
-    sides = axis_maps.dot_axes(graph, product.node)
-    query, key = sides[product.query_side], sides[1 - product.query_side]
+    query, key = (
+        product.sides[product.query_side],
+        product.sides[1 - product.query_side],
+    )
     depth = None
-    if query["contract"]:
-        depth = origin(graph, product.query, query["contract"][0])
+    if query.contract:
+        depth = origin(graph, product.query, query.contract[0])
 
     def from_weights(axis: int) -> bool:
         """Whether a query axis came out of the matrix the features came out of."""
         return depth is not None and origin(graph, product.query, axis)[0] == depth[0]
 
     def softmax_axes(axis: int) -> set[int]:
-        return _softmax_axes(product.axes, {query["out"][axis]})
+        return _softmax_axes(product.axes, {query.out[axis]})
 
-    free = [axis for axis in query["free"] if softmax_axes(axis)]
-    if free and all(from_weights(axis) for axis in free):
+    shape = graph.shape(product.query)
+    free = [axis for axis in query.free if softmax_axes(axis)]
+    wide = [axis for axis in free if shape[axis] > 1] or free[:1]
+    if wide and all(from_weights(axis) for axis in wide):
         depth = None
-    queries, note = free, ""
-    if len(free) > 1 and len(free) != len(keys):
+    queries, note = wide, ""
+    if len(wide) > 1 and len(wide) != len(keys):
         key_origins = [
             origin(graph, product.key, axis)
-            for axis in key["free"]
-            if _softmax_axes(product.axes, {key["out"][axis]}) & keys
+            for axis in key.free
+            if _softmax_axes(product.axes, {key.out[axis]}) & keys
         ]
-        queries = [axis for axis in free if not from_weights(axis)]
+        queries = [axis for axis in wide if not from_weights(axis)]
         if len(queries) != 1:
             queries = [
-                a for a in free if origin(graph, product.query, a) in key_origins
+                a for a in wide if origin(graph, product.query, a) in key_origins
             ]
         if len(queries) != 1:
-            shape = graph.shape(product.query)
-            widest = max(free, key=lambda axis: (shape[axis], axis))
-            queries = [widest]
+            queries = [max(wide, key=lambda axis: (shape[axis], axis))]
             note = "which axis runs over the queries is a guess: the longest"
     for axis in free:
         for own in softmax_axes(axis):
             roles[own] = QUERY if axis in queries else GROUP
-    for axis in query["batch"]:
+    for axis in query.batch:
         for own in softmax_axes(axis):
             roles[own] = HEAD if from_weights(axis) else BATCH
     return note
@@ -299,10 +326,10 @@ def _step_back(graph: Graph, node: Node, atom: Atom, axis: int):
     if node.primitive == "split":
         return node.ins[0], axis
     if node.primitive == "dot_general":
-        for operand, side in enumerate(axis_maps.dot_axes(graph, node)):
-            for own, out in side["out"].items():
+        for side in axis_maps.sides(graph, node) or ():
+            for own, out in side.out.items():
                 if out == axis:
-                    return node.ins[operand], own
+                    return side.atom, own
         return None
     result = graph.shape(atom)
     for operand, source in enumerate(node.ins):
@@ -342,9 +369,10 @@ def _leave_custom_rule(graph: Graph, reading: Reading) -> None:
     ]
     for call in rules[:1]:
         for out in call.outs:
-            if not isinstance(out, Literal) and graph.shape(out) == softmax.shape:
+            same = graph.shape(softmax.exponential)
+            if not isinstance(out, Literal) and graph.shape(out) == same:
                 reading.probability = out
-                reading.axes = axis_maps.identity(softmax.shape)
+                reading.axes = softmax.axes
 
 
 def _advance(graph: Graph, reading: Reading) -> None:

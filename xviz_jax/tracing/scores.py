@@ -81,7 +81,7 @@ def unshifted(graph: Graph, softmax: Softmax) -> Atom:
         if node is None:
             return atom
         shifted = node.primitive == "sub" and not isinstance(node.ins[0], Literal)
-        if shifted and graph.shape(node.ins[0]) == softmax.shape:
+        if shifted and graph.shape(node.ins[0]) == graph.shape(softmax.exponential):
             if not _is_maximum(graph, node.ins[1]):
                 return atom
             return node.ins[0]
@@ -121,12 +121,17 @@ def read(graph: Graph, softmax: Softmax, product: Product | None) -> Scores:
         return Scores(logits, why="the softmax is taken to base 2")
     if softmax.modified:
         return Scores(logits, why="the normaliser holds more than the keys")
-    return _Reader(graph, product, logits).run()
+    return _Reader(graph, softmax, product, logits).run()
+
+
+class _UnevenError(Exception):
+    """A bias or mask cannot be lined up with the softmax."""
 
 
 class _Reader:
-    def __init__(self, graph: Graph, product: Product, logits: Atom):
+    def __init__(self, graph: Graph, softmax: Softmax, product: Product, logits: Atom):
         self.graph = graph
+        self.softmax = softmax
         self.product = product.node.outs[0]
         self.logits = logits
         # Steps from the current value to the logits, latest first.
@@ -139,7 +144,10 @@ class _Reader:
         atom = self.logits
         while atom != self.product:
             node = self.graph.source(atom)
-            step = None if node is None else self._step(node)
+            try:
+                step = None if node is None else self._step(node)
+            except _UnevenError:
+                step = None
             if node is None or step is None:
                 what = "an input" if node is None else f"`{node.primitive}`"
                 why = f"{what} stands between the query-key product and the softmax"
@@ -255,7 +263,11 @@ class _Reader:
         for later, own in reversed(self.path):
             if later.primitive in _SHAPING:
                 axes = axis_maps.through(self.graph, later, own, axes)[0]
-        return Term(atom, axes, shape, factor)
+        # The softmax's axes may be cut finer than the exponential's own.
+        cut = axis_maps.reshape(axes, self.softmax.shape)
+        if cut is None:
+            raise _UnevenError
+        return Term(atom, cut, shape, factor)
 
 
 def constant(graph: Graph, atom: Atom) -> np.ndarray | None:

@@ -30,6 +30,26 @@ VALUES = (
     "activation",
 )
 
+# What leaves probabilities as they are, but for their shape and dtype.
+_KEEPING = (
+    "broadcast_in_dim",
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "device_put",
+    "expand_dims",
+    "layout_constraint",
+    "name",
+    "optimization_barrier",
+    "pvary",
+    "reduce_precision",
+    "reshape",
+    "reshard",
+    "sharding_constraint",
+    "squeeze",
+    "transpose",
+)
+
 
 def sites(model: Callable, *args: Any, **kwargs: Any) -> tuple[Site, ...]:
     """Names what can be read inside a model.
@@ -265,12 +285,14 @@ def _rewrite_deferred(plan: Plan, located: Located, change: Callable) -> None:
     """
     values, reading = located.values, located.values.reading
     softmax, combine = reading.softmax, reading.combine
-    for atom in (softmax.exponential, softmax.total):
-        plan.want(atom)
+    plan.want(softmax.exponential)
+    keys = tuple(sorted(softmax.keys))
 
     def rewritten(value, get, given):
-        exponential = get(softmax.exponential)
-        total = values.total(get).astype(exponential.dtype)
+        exponential = values.exponential(get)
+        # Summed here, because the program may do so only after the product.
+        total = jnp.sum(exponential, axis=keys, keepdims=True, dtype=jnp.float32)
+        total = total.astype(exponential.dtype)
         native = exponential / total
         canonical = values.canonical(native)
         changed = change(canonical, _cast(given, canonical.dtype))
@@ -292,7 +314,9 @@ def _add_to_output(plan: Plan, located: Located) -> jax.Array:
 
     def rewritten(value, get, given):
         del get
-        return value + values.native_output(_cast(given, value.dtype), axes)
+        if given is None:
+            return value
+        return value + values.native_output(given.astype(value.dtype), axes)
 
     plan.rewrite(atom, name, rewritten)
     return jnp.zeros((*located.site.loops, *shape), jnp.float32)
@@ -312,21 +336,11 @@ def _is_direct(program: Program, located: Located) -> bool:
         if product is None:
             return False
         atom = next(each for each in product.ins if each != reading.combine.value)
-    passing = (
-        "broadcast_in_dim",
-        "convert_element_type",
-        "copy",
-        "expand_dims",
-        "reshape",
-        "sharding_constraint",
-        "squeeze",
-        "transpose",
-    )
     while atom != start:
         node = graph.source(atom)
-        if node is None or node.primitive not in passing:
+        if node is None or node.primitive not in _KEEPING:
             return False
-        atom = node.ins[0]
+        atom = node.ins[node.outs.index(atom)]
     return True
 
 

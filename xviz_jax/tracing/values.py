@@ -45,16 +45,19 @@ class Values:
             )
 
         def quotient(get: Get) -> jax.Array:
-            exponential = get(softmax.exponential)
-            return exponential / self.total(get).astype(exponential.dtype)
+            exponential = self.exponential(get)
+            total = axis_maps.from_view(
+                get(softmax.total), softmax.total_axes, softmax.shape
+            )
+            return exponential / total.astype(exponential.dtype)
 
         return [softmax.exponential, softmax.total], quotient
 
-    def total(self, get: Get) -> jax.Array:
-        """Sum of the exponentials, on the softmax's own axes."""
+    def exponential(self, get: Get) -> jax.Array:
+        """The exponentials, on the softmax's own axes."""
         softmax = self.reading.softmax
         return axis_maps.from_view(
-            get(softmax.total), softmax.total_axes, softmax.shape
+            get(softmax.exponential), softmax.axes, softmax.shape
         )
 
     def logsumexp(self) -> tuple[list[Atom], Read]:
@@ -65,7 +68,8 @@ class Values:
         keys = tuple(sorted(softmax.keys or ()))
 
         def read(get: Get) -> jax.Array:
-            values = get(logits).astype(jnp.float32)
+            values = axis_maps.from_view(get(logits), softmax.axes, softmax.shape)
+            values = values.astype(jnp.float32)
             total = jax.nn.logsumexp(values, axis=keys, keepdims=True)
             return self._arrange(total, self.reading.shape, (KEY,))[..., 0]
 
@@ -79,7 +83,7 @@ class Values:
         if product is None:
             raise ValueError("there is no query-key product")
         side = product.query_side if which == "query" else 1 - product.query_side
-        atom = product.node.ins[side]
+        atom = product.sides[side].atom
         layout = self._operand_layout(side)
         length = QUERY if which == "query" else KEY
 
@@ -127,15 +131,16 @@ class Values:
         depth = len(self.reading.shape)
         self._check_plain()
         if combine.node.primitive == "dot_general":
-            sides = axis_maps.dot_axes(self.graph, combine.node)
+            sides = axis_maps.sides(self.graph, combine.node)
+            assert sides is not None
             weights, value = sides[combine.operand], sides[1 - combine.operand]
             rank = len(self.graph.shape(combine.node.outs[0]))
             layout: list[tuple[Piece, ...]] = [()] * rank
-            for axis, out in weights["out"].items():
+            for axis, out in weights.out.items():
                 layout[out] = combine.axes[axis]
             shape = self.graph.shape(combine.value)
-            for axis, piece in _depths(value["free"], shape, depth).items():
-                layout[value["out"][axis]] = (piece,)
+            for axis, piece in _depths(value.free, shape, depth).items():
+                layout[value.out[axis]] = (piece,)
         else:
             summed = {int(axis) for axis in combine.node.params["axes"]}
             pieces = self._product_layout()
@@ -228,9 +233,9 @@ class Values:
         """The softmax's axes and then depth, with respect to a product's operand."""
         product = self.reading.product
         assert product is not None
-        own = axis_maps.dot_axes(self.graph, product.node)[side]
-        shape = self.graph.shape(product.node.ins[side])
-        back = {out: axis for axis, out in own["out"].items()}
+        own = product.sides[side]
+        shape = self.graph.shape(own.atom)
+        back = {out: axis for axis, out in own.out.items()}
         layout = []
         for pieces in product.axes:
             mine = []
@@ -242,7 +247,7 @@ class Values:
                 size = shape[axis] if resized else piece.size
                 mine.append(Piece(axis, piece.stride, size))
             layout.append(tuple(mine))
-        depth = tuple(Piece(axis, 1, shape[axis]) for axis in own["contract"])
+        depth = tuple(Piece(axis, 1, shape[axis]) for axis in own.contract)
         layout = (*layout, depth)
         if axis_maps.factors(layout, shape) is None:
             raise ValueError("its query or key is rearranged on the way")
@@ -254,14 +259,16 @@ class Values:
         depth = len(self.reading.shape)
         atom = combine.value
         if combine.node.primitive == "dot_general":
-            sides = axis_maps.dot_axes(self.graph, combine.node)
+            sides = axis_maps.sides(self.graph, combine.node)
+            assert sides is not None
             weights, value = sides[combine.operand], sides[1 - combine.operand]
             shape = self.graph.shape(atom)
             layout: list[tuple[Piece, ...]] = [()] * len(shape)
-            for kind in ("batch", "contract"):
-                for mine, own in zip(weights[kind], value[kind], strict=True):
-                    layout[own] = combine.axes[mine]
-            for axis, piece in _depths(value["free"], shape, depth).items():
+            mine = (*weights.batch, *weights.contract)
+            own = (*value.batch, *value.contract)
+            for axis, place in zip(mine, own, strict=True):
+                layout[place] = combine.axes[axis]
+            for axis, piece in _depths(value.free, shape, depth).items():
                 layout[axis] = (piece,)
         else:
             atom, layout = self._peeled_value()
@@ -290,13 +297,9 @@ class Values:
 
     def _peeled_value(self) -> tuple[Atom, list[tuple[Piece, ...]]]:
         """The factor that weights are multiplied by, before it was repeated."""
-        atom, layout = self.reading.combine.value, self._product_layout()
-        while (node := self.graph.source(atom)) is not None:
-            if node.primitive != "broadcast_in_dim":
-                break
-            targets = [int(axis) for axis in node.params["broadcast_dimensions"]]
-            layout = [layout[target] for target in targets]
-            atom = node.ins[0]
+        atom, targets = axis_maps.unrepeated(self.graph, self.reading.combine.value)
+        product = self._product_layout()
+        layout = [product[target] for target in targets]
         shape = self.graph.shape(atom)
         pairs = zip(layout, shape, strict=True)
         return atom, [() if size == 1 else pieces for pieces, size in pairs]
@@ -304,9 +307,10 @@ class Values:
     def _depth(self) -> int:
         combine = self.reading.combine
         if combine.node.primitive == "dot_general":
-            side = axis_maps.dot_axes(self.graph, combine.node)[1 - combine.operand]
+            sides = axis_maps.sides(self.graph, combine.node)
+            assert sides is not None
             shape = self.graph.shape(combine.value)
-            return math.prod(shape[axis] for axis in side["free"])
+            return math.prod(shape[axis] for axis in sides[1 - combine.operand].free)
         shape = self.graph.shape(combine.node.ins[0])
         spread = [
             size

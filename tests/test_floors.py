@@ -1,0 +1,58 @@
+"""An import never runs upward, and no two rooms import each other."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "xviz_jax"
+# Each room, and the rooms it may import.
+FLOORS = {
+    "kernels": set(),
+    "tracing": set(),
+    "attribution": set(),
+    "gradients": {"attribution", "tracing", "kernels"},
+    "attention": {"attribution", "tracing", "kernels"},
+    "batch": {"attribution"},
+    "models": set(),
+    "plotting": {"attribution"},
+    "demo": {"attention", "attribution", "batch", "gradients", "models", "plotting"},
+    "cli": {"demo", "_version"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Rooms of the library that a file imports."""
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        parts = [name.split(".") for name in names]
+        rooms |= {p[1] for p in parts if p[0] == "xviz_jax" and len(p) > 1}
+    return rooms
+
+
+def files(room: str) -> list[Path]:
+    single = ROOT / f"{room}.py"
+    return [single] if single.exists() else sorted((ROOT / room).rglob("*.py"))
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_a_room_imports_only_what_lies_below(room):
+    assert files(room), room
+    for path in files(room):
+        assert imported(path) - {room} <= FLOORS[room], path
+
+
+def test_every_room_has_its_floor():
+    entries = {path.stem for path in ROOT.iterdir() if not path.name.startswith("_")}
+    assert entries - {"py"} <= set(FLOORS)
+
+
+def test_nothing_private_of_jax_is_imported():
+    for path in ROOT.rglob("*.py"):
+        assert "jax._src" not in path.read_text(), path
