@@ -452,6 +452,77 @@ def slot_attention_iterated():
     return model, (tokens(3, seed=2), tokens(), weights()), explicit
 
 
+@case(tolerance=1e-4)
+def language_model():
+    """Token ids to logits: rotary grouped causal layers, scanned under remat."""
+
+    def norm(x, gain):
+        x = x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+        return x * (1 + gain[None, None])
+
+    def rotate(x):
+        angle = jnp.arange(1.0 * LENGTH)[:, None] * 0.1 ** jnp.arange(2.0)[None]
+        sin, cos = jnp.sin(angle)[None, :, None], jnp.cos(angle)[None, :, None]
+        first, second = jnp.split(x, 2, axis=-1)
+        return jnp.concatenate(
+            [first * cos - second * sin, second * cos + first * sin], axis=-1
+        )
+
+    def model(params, ids):
+        x = jnp.take(params["table"], ids, axis=0) * WIDTH**0.5
+
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def step(x, p):
+            q, k, v = project(norm(x, p["attention_norm"]), p)
+            q, k = rotate(q) * SCALE, rotate(k)
+            q = q.reshape(BATCH, LENGTH, 2, 2, DIM)
+            s = jnp.einsum("bqhgd,bkhd->bhgqk", q, k)
+            s = jnp.where(jnp.broadcast_to(causal()[None], s.shape), s, -2.3e38)
+            a = jax.nn.softmax(s).astype(x.dtype)
+            out = jnp.einsum("bhgqk,bkhd->bqhgd", a, v)
+            x = x + merge(out.reshape(BATCH, LENGTH, 4, DIM), p)
+            y = norm(x, p["mlp_norm"])
+            gate, up = jnp.split(jnp.einsum("bte,ef->btf", y, p["up"]), 2, axis=-1)
+            down = jnp.einsum("btf,fe->bte", jax.nn.silu(gate) * up, p["down"])
+            return x + down, None
+
+        x, _ = lax.scan(step, x, params["layers"])
+        logits = jnp.einsum("bte,ve->btv", norm(x, params["norm"]), params["table"])
+        return jax.nn.log_softmax(logits)
+
+    def explicit(tap, params, ids):
+        x = params["table"][ids] * WIDTH**0.5
+        for i in range(LAYERS):
+            p = layer(params["layers"], i)
+            q, k, v = project(norm(x, p["attention_norm"]), p)
+            place = dict(site=0, loop=(i,))
+            out = attend(tap, rotate(q), rotate(k), v, mask=causal(), **place)
+            x = x + merge(out, p)
+            y = jnp.einsum("bte,ef->btf", norm(x, p["mlp_norm"]), p["up"])
+            gate, up = y[..., :8], y[..., 8:]
+            x = x + jnp.einsum(
+                "btf,fe->bte", gate / (1 + jnp.exp(-gate)) * up, p["down"]
+            )
+        x = norm(x, params["norm"])
+        return jnp.log(normalise(jnp.einsum("bte,ve->btv", x, params["table"])))
+
+    each = [weights(heads=4, kv_heads=2, seed=10 * i) for i in range(LAYERS)]
+    layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+    layers |= {
+        "attention_norm": normal(3, LAYERS, WIDTH, scale=0.1),
+        "mlp_norm": normal(4, LAYERS, WIDTH, scale=0.1),
+        "up": normal(5, LAYERS, WIDTH, 16, scale=0.4),
+        "down": normal(6, LAYERS, 8, WIDTH, scale=0.4),
+    }
+    params = {
+        "layers": layers,
+        "norm": normal(7, WIDTH, scale=0.1),
+        "table": normal(8, 9, WIDTH),
+    }
+    ids = jnp.array([[3, 1, 4, 1, 5], [0, 2, 6, 8, 7]])
+    return model, (params, ids), explicit
+
+
 # Branches: a branch not taken has zeros for its values.
 
 

@@ -1462,6 +1462,32 @@ def differential_attention():
 
 
 @case(cotangents=False)
+def differential_attention_jointly():
+    """Both maps of a head from one softmax; the difference has a learned factor."""
+
+    def model(x, w, factors):
+        q, k, v = project(x, w)
+        a = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) * SCALE)
+        a = a.reshape(BATCH, HEADS, 2, LENGTH, LENGTH)
+        first, second = jnp.exp(jnp.sum(factors[0] * factors[1], axis=-1))
+        a = a[:, :, 0] - (first - second + 0.2) * a[:, :, 1]
+        out = jnp.einsum("bhqk,bkhd->bqhd", a, v[:, :, :HEADS])
+        return jnp.einsum("bqhd,hde->bqe", out, w["o"][:HEADS])
+
+    def explicit(tap, x, w, factors):
+        q, k, v = project(x, w)
+        a = tap(normalise(jnp.einsum("bqhd,bkhd->bhqk", q, k) * SCALE))
+        factor = jnp.exp(factors[0, 0] @ factors[1, 0])
+        factor += 0.2 - jnp.exp(factors[0, 1] @ factors[1, 1])
+        a = a[:, ::2] - factor * a[:, 1::2]
+        out = jnp.einsum("bhqk,bkhd->bqhd", a, v[:, :, :HEADS])
+        return jnp.einsum("bqhd,hde->bqe", out, w["o"][:HEADS])
+
+    factors = normal(3, 2, 2, DIM, scale=0.5)
+    return model, (tokens(), weights(heads=2 * HEADS), factors), explicit
+
+
+@case(cotangents=False)
 def gated_heads():
     def model(x, w, gate):
         q, k, v = project(x, w)

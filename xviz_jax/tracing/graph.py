@@ -100,6 +100,8 @@ class Graph:
       users: The leaves that read a value.
       visible: The calls a value lies in, at its outermost place.
       constants: Values the program carries with it.
+      outer: For inputs of a loop, branch or shard, the value outside that they are,
+        or are a slice of; inputs that change from turn to turn are not listed.
       root: The program's own body.
     """
 
@@ -110,6 +112,7 @@ class Graph:
         self.users: dict[int, list[Node]] = {}
         self.visible: dict[int, tuple[Node, ...]] = {}
         self.constants: dict[int, Any] = {}
+        self.outer: dict[int, Atom] = {}
         self._indices = itertools.count()
         self.root = self._body(closed, None, None, "")
 
@@ -205,9 +208,10 @@ class Graph:
             if not isinstance(atom, Literal):
                 self.users.setdefault(atom, []).append(node)
         body.leaves.append(node)
-        node.bodies = [
-            self._body(closed, node, body, node.scope) for closed in _inner_bodies(node)
-        ]
+        for closed in _inner_bodies(node):
+            inner = self._body(closed, node, body, node.scope)
+            node.bodies.append(inner)
+            self.outer.update(_entering(node, inner))
 
 
 def called_jaxpr(eqn: Any) -> Any | None:
@@ -243,6 +247,20 @@ def _inner_bodies(node: Node) -> list[Any]:
     if node.kind == "while":
         return [node.params["body_jaxpr"]]
     return []
+
+
+def _entering(node: Node, body: Body) -> dict[int, Atom]:
+    """What each input of a body is outside, where it is the same at every turn."""
+    if node.kind == "scan":
+        constants, carried = compat.scan_sizes(node.params)
+        pairs = list(zip(body.ins, node.ins, strict=True))
+        return dict(pairs[:constants] + pairs[constants + carried :])
+    if node.kind == "while":
+        tested, fixed = node.params["cond_nconsts"], node.params["body_nconsts"]
+        outside = node.ins[tested : tested + fixed]
+        return dict(zip(body.ins[:fixed], outside, strict=True))
+    outside = node.ins[1:] if node.kind == "cond" else node.ins
+    return dict(zip(body.ins, outside, strict=True))
 
 
 def _shape(variable: Any) -> tuple[int, ...] | None:

@@ -262,6 +262,9 @@ class _Finder:
         assert sides is not None
         for operand in (0, 1):
             mine, value = sides[operand], node.ins[1 - operand]
+            if not sides[1 - operand].free and not mine.free:
+                # Every axis is shared: an inner product, as in an entropy.
+                continue
             weights = self.tags.of(node.ins[operand], "probability", "exponential")
             for kind, softmax, tag in weights:
                 combine = Combine(kind, node, operand, tag.axes, value)
@@ -313,9 +316,8 @@ class _Finder:
         }
         whole = axis_maps.identity(shape)
         for softmax in self.found:
-            # The same exponential written twice.
-            same = softmax.node.primitive == node.primitive
-            if same and softmax.node.ins[0] == operand:
+            # The same exponential may be written twice, above and below a division.
+            if _same_result(self.graph, softmax.node, node):
                 break
         else:
             softmax = Softmax(node, self.body, shape, scores, whole)
@@ -457,3 +459,30 @@ class _Finder:
             if node is None or node.primitive not in shaping:
                 return False
             atom = node.ins[0]
+
+
+def _same_result(graph: Graph, a: Node, b: Node, depth: int = 8) -> bool:
+    """Whether two leaves compute the same from the same values."""
+    if a is b:
+        return True
+    if depth == 0 or a.kind != "leaf" or b.kind != "leaf" or a.bodies or b.bodies:
+        return False
+    if a.primitive != b.primitive or len(a.ins) != len(b.ins):
+        return False
+    if a.primitive in ("random_bits", "name") or str(a.params) != str(b.params):
+        return False
+    return all(
+        _same_value(graph, x, y, depth - 1) for x, y in zip(a.ins, b.ins, strict=True)
+    )
+
+
+def _same_value(graph: Graph, x: Atom, y: Atom, depth: int) -> bool:
+    if isinstance(x, Literal) or isinstance(y, Literal):
+        both = isinstance(x, Literal) and isinstance(y, Literal)
+        return both and bool(np.all(x.val == y.val))
+    if x == y:
+        return True
+    a, b = graph.source(x), graph.source(y)
+    if a is None or b is None or a.outs.index(x) != b.outs.index(y):
+        return False
+    return _same_result(graph, a, b, depth)

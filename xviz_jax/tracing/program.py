@@ -2,34 +2,44 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from xviz_jax.tracing import compat, matcher, roles, scores
+from xviz_jax.tracing import activation, compat, fused, masks, matcher, roles, scores
+from xviz_jax.tracing.activation import ActivationValues
 from xviz_jax.tracing.compat import Literal
+from xviz_jax.tracing.fused import FusedValues
 from xviz_jax.tracing.graph import Atom, Body, Graph, Node
 from xviz_jax.tracing.roles import Reading
-from xviz_jax.tracing.scores import Scores
 from xviz_jax.tracing.site import Site
-from xviz_jax.tracing.values import Values
+from xviz_jax.tracing.values import AttentionValues, Values
 
 # Scopes of derivatives and of values computed again for them.
 _BACKWARD = ("transpose(", "rematted_computation")
 # Last parts of a parameter's path that say what it is, not where.
 _LEAVES = ("value", "raw_value", "kernel", "weight", "w", "W", "embedding")
 _WRAPPED = re.compile(r"^(vmap|jvp|jit|pjit|remat|checkpoint|transpose)\(.*\)$")
+_ENDLESS = (
+    "it lies in a `while_loop`, and how often that turns is not known beforehand; "
+    "`fori_loop` with fixed bounds can be read"
+)
+_UNNORMALISED = (
+    "exponentials of a query-key product weigh values, but what normalises them is "
+    "not in the same place, as in an online softmax over blocks of keys"
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Located:
-    """A site together with where its values are."""
+    """A site together with where its values are; none, where it is unknown."""
 
     site: Site
     body: Body
-    values: Values
+    values: Values | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,33 +116,93 @@ def _path_name(path) -> tuple[str, ...]:
     return tuple(parts)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Found:
+    """A site before it has a unique name."""
+
+    place: tuple[int, ...]
+    base: str
+    body: Body
+    values: Values | None
+    site: Site
+
+
 def _locate(graph: Graph, inputs: dict[int, tuple[str, ...]]) -> tuple[Located, ...]:
-    outer = _outer_names(graph)
-    found: list[tuple[tuple[int, ...], str, Body, tuple[int, ...], Reading]] = []
+    lookups = activation.Lookups(graph)
+    found: list[_Found] = []
     for body in graph.bodies():
         loops, order = _around(body)
-        for softmax in matcher.find(graph, body):
-            reading = roles.read(graph, softmax)
-            if reading is None:
-                continue
-            node = reading.combine.node
+        endless = any(b.parent and b.parent.kind == "while" for b in body.ancestry())
+        for node, base, values, site in _sites_of(graph, body, loops, lookups, inputs):
             if any(mark in node.scope for mark in _BACKWARD):
                 continue
-            base = _scope_name(node.scope)
-            if not base:
-                base = _parameter_name(graph, reading, inputs, outer)
+            if endless and site.kind in ("named", "block", "embedding"):
+                continue
             place = (*order, node.index)
-            found.append((place, base or reading.kind, body, loops, reading))
-    found.sort(key=lambda each: each[0])
+            site = dataclasses.replace(site, order=place)
+            if endless:
+                site = dataclasses.replace(
+                    site, kind="unknown", values=(), why=_ENDLESS
+                )
+            found.append(_Found(place, base or site.kind, body, values, site))
+    found.sort(key=lambda each: each.place)
     located, used = [], {}
-    for place, base, body, loops, reading in found:
-        used[base] = used.get(base, 0) + 1
-        name = base if used[base] == 1 else f"{base}#{used[base] - 1}"
-        read = scores.read(graph, reading.softmax, reading.product)
-        values = Values(graph, reading, read)
-        site = _site(name, loops, place, values)
-        located.append(Located(site, body, values))
+    for each in found:
+        used[each.base] = used.get(each.base, 0) + 1
+        count = used[each.base] - 1
+        name = each.base if count == 0 else f"{each.base}#{count}"
+        site = dataclasses.replace(each.site, name=name)
+        located.append(Located(site, each.body, each.values))
     return tuple(located)
+
+
+def _sites_of(
+    graph: Graph,
+    body: Body,
+    loops: tuple[int, ...],
+    lookups: activation.Lookups,
+    inputs: dict[int, tuple[str, ...]],
+) -> Iterator[tuple[Node, str, Values | None, Site]]:
+    """Sites of one body: where each runs, its name's base, its values, and itself."""
+    blocks: set[int] = set()
+    for softmax in matcher.find(graph, body):
+        reading = roles.read(graph, softmax)
+        if reading is None:
+            if roles.is_unnormalised(graph, softmax):
+                site = Site("", "unknown", loops, why=_UNNORMALISED)
+                yield softmax.node, _scope_name(softmax.node.scope), None, site
+            continue
+        node = reading.combine.node
+        base = _scope_name(node.scope)
+        if not base:
+            base = _parameter_name(graph, reading, inputs)
+        read = scores.read(graph, reading.softmax, reading.product)
+        values = AttentionValues(graph, reading, read)
+        yield node, base, values, _attention_site(graph, loops, values)
+        stream = activation.block_input(graph, values)
+        if stream is not None and stream not in blocks:
+            blocks.add(stream)
+            site = _activation_site(graph, "block", stream, loops)
+            at = graph.producer.get(stream, reading.softmax.node)
+            block = ActivationValues(graph, stream)
+            yield at, f"{base}/block" if base else "block", block, site
+    for kernel in fused.find(graph, body):
+        if isinstance(kernel, Node):
+            why = "a Pallas kernel that may be attention has no known signature"
+            site = Site("", "unknown", loops, why=why)
+            yield kernel, _scope_name(kernel.scope), None, site
+        else:
+            values = FusedValues(graph, kernel)
+            site = _fused_site(loops, kernel, values)
+            yield kernel.node, _scope_name(kernel.node.scope), values, site
+    for node in lookups.of(body):
+        base = _scope_name(node.scope) or _table_name(graph, node, inputs)
+        rows = lookups.rows(node)
+        site = _activation_site(graph, "embedding", rows, loops)
+        yield node, base, ActivationValues(graph, rows), site
+    for node, base in activation.named(body):
+        site = _activation_site(graph, "named", node.outs[0], loops)
+        yield node, base, ActivationValues(graph, node.outs[0]), site
 
 
 def _around(body: Body) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -149,11 +219,11 @@ def _around(body: Body) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(loops), tuple(order)
 
 
-def _site(name: str, loops, order, values: Values) -> Site:
+def _attention_site(graph: Graph, loops, values: AttentionValues) -> Site:
     reading, read = values.reading, values.scores
     notes = list(reading.notes)
-    available = ["probabilities"]
-    for which, function in _readers(values, read).items():
+    available = []
+    for which, function in values.readers().items():
         try:
             function()
             available.append(which)
@@ -162,33 +232,38 @@ def _site(name: str, loops, order, values: Values) -> Site:
     if reading.kind == "attention" and read.why:
         notes.append(read.why)
     known = read.scale is not None and {"query", "key"} <= set(available)
+    causal, window = masks.causality(graph, reading, read)
     return Site(
-        name,
+        "",
         reading.kind,
         loops,
         (*loops, *reading.canonical_shape()),
+        causal=causal,
+        window=window,
         scale=read.scale if known else None,
         softcap=read.softcap if known else None,
         values=tuple(available),
-        order=order,
         why="; ".join(notes),
     )
 
 
-def _readers(values: Values, read: Scores) -> dict[str, Callable[[], Any]]:
-    readers: dict[str, Callable[[], Any]] = {
-        "value": lambda: values.operand("value"),
-        "output": values.output,
-        "logsumexp": values.logsumexp,
-    }
-    if values.reading.product is not None:
-        readers["query"] = lambda: values.operand("query")
-        readers["key"] = lambda: values.operand("key")
-    if read.biases:
-        readers["bias"] = values.bias
-    if read.masks:
-        readers["mask"] = values.mask
-    return readers
+def _fused_site(loops, kernel: fused.Fused, values: FusedValues) -> Site:
+    return Site(
+        "",
+        "attention",
+        loops,
+        (*loops, *values.canonical_shape()),
+        causal=kernel.causal,
+        window=kernel.window,
+        scale=None if kernel.why else kernel.scale,
+        values=tuple(values.readers()),
+        why=kernel.why,
+    )
+
+
+def _activation_site(graph: Graph, kind: str, atom: int, loops) -> Site:
+    shape = (*loops, *graph.shape(atom))
+    return Site("", kind, loops, shape, values=("activation",))
 
 
 def _scope_name(scope: str) -> str:
@@ -196,21 +271,12 @@ def _scope_name(scope: str) -> str:
     return "/".join(part for part in parts if not _WRAPPED.match(part))
 
 
-def _outer_names(graph: Graph) -> dict[int, int]:
-    """Which value outside a loop each input of its body is, or is a slice of."""
-    outer = {}
-    for body in graph.bodies():
-        if body.parent is not None and body.parent.kind == "scan":
-            outer.update(zip(body.ins, body.parent.ins, strict=True))
-    return outer
-
-
-def _parameter_name(graph, reading: Reading, inputs, outer) -> str:
+def _parameter_name(graph, reading: Reading, inputs) -> str:
     """The path that the parameters behind query, key and value have in common."""
     atoms = [reading.combine.value]
     if reading.product is not None:
         atoms += [reading.product.query, reading.product.key]
-    paths = [_nearest_parameter(graph, atom, inputs, outer) for atom in atoms]
+    paths = [_nearest_parameter(graph, atom, inputs) for atom in atoms]
     paths = [path for path in paths if path]
     if not paths:
         return ""
@@ -226,7 +292,16 @@ def _parameter_name(graph, reading: Reading, inputs, outer) -> str:
     return "/".join(common)
 
 
-def _nearest_parameter(graph: Graph, atom: Atom, inputs, outer):
+def _table_name(graph: Graph, node: Node, inputs) -> str:
+    """The path of the table that is looked up."""
+    for atom in node.ins[:2]:
+        path = _input_path(graph, atom, inputs)
+        if path and jnp.issubdtype(graph.aval(atom).dtype, jnp.floating):
+            return "/".join(part for part in path if part not in _LEAVES)
+    return ""
+
+
+def _nearest_parameter(graph: Graph, atom: Atom, inputs):
     waiting, seen = [atom], set()
     while waiting and len(seen) < 400:
         current = waiting.pop(0)
@@ -236,7 +311,7 @@ def _nearest_parameter(graph: Graph, atom: Atom, inputs, outer):
         seen.add(node.index)
         if node.primitive in ("dot_general", "conv_general_dilated"):
             for operand in (1, 0):
-                path = _input_path(graph, node.ins[operand], inputs, outer)
+                path = _input_path(graph, node.ins[operand], inputs)
                 if path is not None:
                     return path
             continue
@@ -244,7 +319,7 @@ def _nearest_parameter(graph: Graph, atom: Atom, inputs, outer):
     return None
 
 
-def _input_path(graph: Graph, atom: Atom, inputs, outer) -> tuple[str, ...] | None:
+def _input_path(graph: Graph, atom: Atom, inputs) -> tuple[str, ...] | None:
     for _ in range(60):
         if isinstance(atom, Literal):
             return None
@@ -255,8 +330,8 @@ def _input_path(graph: Graph, atom: Atom, inputs, outer) -> tuple[str, ...] | No
             if node.primitive == "dot_general":
                 return None
             atom = node.ins[0]
-        elif atom in outer:
-            atom = outer[atom]
+        elif atom in graph.outer:
+            atom = graph.outer[atom]
         else:
             return None
     return None

@@ -140,6 +140,19 @@ def _first_combine(softmax: Softmax) -> tuple[str, Combine, bool] | None:
     return None
 
 
+def is_unnormalised(graph: Graph, softmax: Softmax) -> bool:
+    """Whether exponentials of a computed product weigh values, undivided."""
+    for combine in softmax.combines:
+        if combine.kind != "exponential" or not softmax.keys <= combine.summed():
+            continue
+        product, kind = _find_product(graph, softmax, "attention", combine)
+        if product is None or kind != "attention":
+            continue
+        if not is_raw(graph, product.query) and not is_raw(graph, product.key):
+            return True
+    return False
+
+
 def _shared_with_value(graph: Graph, combine: Combine) -> set[int]:
     """Axes of the softmax that the values have too."""
     if combine.node.primitive == "dot_general":
@@ -199,24 +212,30 @@ def _is_vector_query(graph: Graph, product: Product) -> bool:
     side = product.sides[product.query_side]
     shape = graph.shape(product.query)
     single = all(shape[axis] == 1 for axis in side.free)
-    return single and not side.batch and _is_raw(graph, product.query)
+    return single and not side.batch and is_raw(graph, product.query)
 
 
 def _is_expert_choice(graph: Graph, product: Product, combine: Combine) -> bool:
     """Keys are bare parameters while values are computed: gates of experts."""
     side = product.sides[1 - product.query_side]
-    bare = not side.batch and _is_raw(graph, product.key)
-    return bare and not _is_raw(graph, combine.value)
+    bare = not side.batch and is_raw(graph, product.key)
+    return bare and not is_raw(graph, combine.value)
 
 
-def _is_raw(graph: Graph, atom: Atom) -> bool:
+def is_raw(graph: Graph, atom: Atom) -> bool:
     """Whether a value is an input or constant, but for its shape and dtype."""
     for _ in range(_LONGEST_WALK):
+        if isinstance(atom, Literal):
+            return True
         node = graph.source(atom)
         if node is None:
-            return True
+            if atom in graph.outer:
+                atom = graph.outer[atom]
+                continue
+            return atom in graph.constants or atom in graph.root.ins
         scaled = node.primitive in ("mul", "div") and isinstance(node.ins[1], Literal)
-        if node.primitive not in (*axis_maps.SHAPING, *_CASTS) and not scaled:
+        shaping = (*axis_maps.SHAPING, *_CASTS)
+        if node.kind != "leaf" or (node.primitive not in shaping and not scaled):
             return False
         atom = node.ins[0]
     return False
@@ -258,7 +277,7 @@ def _pooling_roles(graph, softmax, combine, roles, keys) -> None:
         made = axis_maps.sides(graph, node)
         for side in made or ():
             own = _softmax_axes(axes, {side.out[axis] for axis in side.free})
-            if not own & keys and _is_raw(graph, side.atom):
+            if not own & keys and is_raw(graph, side.atom):
                 for axis in own & lacking:
                     roles[axis] = HEAD
 

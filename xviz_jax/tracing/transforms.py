@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from xviz_jax.tracing import axes as axis_maps
 from xviz_jax.tracing import interpreter
 from xviz_jax.tracing.interpreter import Plan
 from xviz_jax.tracing.program import Located, Program, trace
@@ -28,26 +27,6 @@ VALUES = (
     "probabilities",
     "output",
     "activation",
-)
-
-# What leaves probabilities as they are, but for their shape and dtype.
-_KEEPING = (
-    "broadcast_in_dim",
-    "convert_element_type",
-    "copy",
-    "copy_p",
-    "device_put",
-    "expand_dims",
-    "layout_constraint",
-    "name",
-    "optimization_barrier",
-    "pvary",
-    "reduce_precision",
-    "reshape",
-    "reshard",
-    "sharding_constraint",
-    "squeeze",
-    "transpose",
 )
 
 
@@ -142,7 +121,8 @@ def perturb(model: Callable, sites: Selection = None) -> Callable:
             wanted, got = chosen[name].site.shape, jnp.shape(array)
             if wanted != got:
                 raise ValueError(f"{name!r} takes an array of {wanted}, got {got}")
-            _rewrite(plan, chosen[name], lambda value, extra: value + extra)
+            plan.reach(chosen[name].body, name)
+            chosen[name].values.rewrite(plan, name, _add)
         outs, _ = interpreter.run(plan, program.inputs, dict(added))
         return program.rebuild(outs)
 
@@ -171,8 +151,9 @@ def replace(
         program = trace(model, args, kwargs)
         plan = Plan(program.graph)
         for located in _chosen(program, sites):
-            site = located.site
-            _rewrite(plan, located, lambda value, _, site=site: rule(site, value))
+            plan.reach(located.body, located.site.name)
+            change = functools.partial(_replaced, rule, located.site)
+            located.values.rewrite(plan, located.site.name, change)
         outs, _ = interpreter.run(plan, program.inputs, {})
         return program.rebuild(outs)
 
@@ -211,16 +192,17 @@ def attention_cotangents(
         zeros: dict[str, jax.Array] = {}
         place: dict[str, str] = {}
         for located in _chosen(program, sites):
-            site = located.site
-            direct = "output" in site.values and _is_direct(program, located)
-            place[site.name] = "output" if direct else "probabilities"
-            wanted = values if direct else (*values, "probabilities")
-            _read(plan, located, wanted)
-            if direct:
-                zeros[site.name] = _add_to_output(plan, located)
+            name, site = located.site.name, located.site
+            plan.reach(located.body, name)
+            shape = located.values.add_to_output(plan, name)
+            if shape is not None:
+                place[name], shape = "output", (*site.loops, *shape)
+                _read(plan, located, values)
             else:
-                _rewrite(plan, located, lambda value, extra: value + extra)
-                zeros[site.name] = jnp.zeros(site.shape, jnp.float32)
+                place[name], shape = "probabilities", site.shape
+                located.values.rewrite(plan, name, _add)
+                _read(plan, located, (*values, "probabilities"))
+            zeros[name] = jnp.zeros(shape, jnp.float32)
 
         def explained(added):
             outs, found = interpreter.run(plan, program.inputs, added)
@@ -237,6 +219,9 @@ def attention_cotangents(
 
 def _chosen(program: Program, wanted: Selection) -> tuple[Located, ...]:
     chosen = {site.name for site in select(program.sites, wanted)}
+    for site in program.sites:
+        if site.name in chosen and site.kind == "unknown":
+            raise ValueError(f"{site.name!r} is not understood: {site.why}")
     return tuple(each for each in program.located if each.site.name in chosen)
 
 
@@ -245,104 +230,22 @@ def _in_order(program: Program, found: dict) -> dict:
 
 
 def _read(plan: Plan, located: Located, names: Sequence[str]) -> None:
-    values, site = located.values, located.site
+    site = located.site
     for name in names:
-        if name not in site.values:
-            continue
-        if name == "probabilities":
-            atoms, read = values.probabilities()
-        elif name in ("query", "key", "value"):
-            atoms, read = values.operand(name)
-        else:
-            atoms, read = getattr(values, name)()
-        plan.read(located.body, site.name, name, atoms, read)
+        if name in site.values:
+            atoms, read = located.values.readers()[name]()
+            plan.read(located.body, site.name, name, atoms, read)
 
 
-def _rewrite(plan: Plan, located: Located, change: Callable) -> None:
-    """Applies `change(probabilities, given)` to a site's probabilities."""
-    values, reading = located.values, located.values.reading
-    name = located.site.name
-    plan.reach(located.body, name)
-    if reading.deferred:
-        _rewrite_deferred(plan, located, change)
-        return
-
-    def rewritten(value, get, given):
-        native = axis_maps.from_view(value, reading.axes, reading.shape)
-        canonical = values.canonical(native)
-        changed = change(canonical, _cast(given, canonical.dtype))
-        back = values.native(changed.astype(value.dtype))
-        return axis_maps.to_view(back, reading.axes, reading.shape)
-
-    plan.rewrite(reading.probability, name, rewritten)
+def _replaced(rule: Callable, site: Site, value: jax.Array, _: Any) -> jax.Array:
+    changed = rule(site, value)
+    if jnp.shape(changed) != value.shape:
+        raise ValueError(
+            f"the rule must return an array of {value.shape} for {site.name!r}, got "
+            f"{jnp.shape(changed)}"
+        )
+    return changed
 
 
-def _rewrite_deferred(plan: Plan, located: Located, change: Callable) -> None:
-    """Changes exponentials by what the change of probabilities comes to.
-
-    The sum of the exponentials stays as it is, and so does the program when
-    nothing is changed.
-    """
-    values, reading = located.values, located.values.reading
-    softmax, combine = reading.softmax, reading.combine
-    plan.want(softmax.exponential)
-    keys = tuple(sorted(softmax.keys))
-
-    def rewritten(value, get, given):
-        exponential = values.exponential(get)
-        # Summed here, because the program may do so only after the product.
-        total = jnp.sum(exponential, axis=keys, keepdims=True, dtype=jnp.float32)
-        total = total.astype(exponential.dtype)
-        native = exponential / total
-        canonical = values.canonical(native)
-        changed = change(canonical, _cast(given, canonical.dtype))
-        moved = values.native(changed.astype(native.dtype)) - native
-        extra = axis_maps.to_view(moved * total, combine.axes, softmax.shape)
-        return value + extra.astype(value.dtype)
-
-    name = located.site.name
-    plan.rewrite_operand(combine.node, combine.operand, name, rewritten)
-
-
-def _add_to_output(plan: Plan, located: Located) -> jax.Array:
-    """Lets an array be added to a site's output; returns zeros of its shape."""
-    values, name = located.values, located.site.name
-    atom, axes = values.output_place()
-    aval = plan.graph.aval(atom)
-    shape = jax.eval_shape(lambda x: values.canonical_output(x, axes), aval).shape
-    plan.reach(located.body, name)
-
-    def rewritten(value, get, given):
-        del get
-        if given is None:
-            return value
-        return value + values.native_output(given.astype(value.dtype), axes)
-
-    plan.rewrite(atom, name, rewritten)
-    return jnp.zeros((*located.site.loops, *shape), jnp.float32)
-
-
-def _is_direct(program: Program, located: Located) -> bool:
-    """Whether the output is the probabilities times the values, nothing between."""
-    reading, graph = located.values.reading, program.graph
-    if reading.kind not in ("attention", "pooling", "inverted", "router"):
-        return False
-    if "value" not in located.site.values:
-        return False
-    start = reading.softmax.exponential if reading.deferred else reading.probability
-    atom = reading.combine.node.ins[reading.combine.operand]
-    if reading.combine.node.primitive != "dot_general":
-        product = graph.source(atom)
-        if product is None:
-            return False
-        atom = next(each for each in product.ins if each != reading.combine.value)
-    while atom != start:
-        node = graph.source(atom)
-        if node is None or node.primitive not in _KEEPING:
-            return False
-        atom = node.ins[node.outs.index(atom)]
-    return True
-
-
-def _cast(given, dtype):
-    return None if given is None else jnp.asarray(given).astype(dtype)
+def _add(value: jax.Array, given: Any) -> jax.Array:
+    return value if given is None else value + jnp.asarray(given).astype(value.dtype)

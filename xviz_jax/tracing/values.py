@@ -1,4 +1,4 @@
-"""The values of a site, carried into one layout whatever the model's own is.
+"""The values of attention, carried into one layout whatever the model's own is.
 
 Probabilities are `[batch, head, query, key]`; query, key, value and output are
 `[batch, length, head, dim]` as `jax.nn.dot_product_attention` takes them, key and
@@ -7,6 +7,7 @@ value with fewer heads where heads share them. Loop axes come in front.
 
 import math
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,22 +15,157 @@ import jax.numpy as jnp
 from xviz_jax.tracing import axes as axis_maps
 from xviz_jax.tracing.axes import AxisMap, Piece
 from xviz_jax.tracing.graph import Atom, Graph
-from xviz_jax.tracing.interpreter import Get
+from xviz_jax.tracing.interpreter import Get, Plan
 from xviz_jax.tracing.roles import BATCH, GROUP, HEAD, KEY, QUERY, Reading
 from xviz_jax.tracing.scores import Scores, Term
 
 # Computes a value from those a run has defined.
 Read = Callable[[Get], jax.Array]
+# Changes a value, given the operand of its site's rewrite.
+Change = Callable[[jax.Array, Any], jax.Array]
+
+# What leaves probabilities as they are, but for their shape and dtype.
+_KEEPING = (
+    "broadcast_in_dim",
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "device_put",
+    "expand_dims",
+    "layout_constraint",
+    "name",
+    "optimization_barrier",
+    "pvary",
+    "reduce_precision",
+    "reshape",
+    "reshard",
+    "sharding_constraint",
+    "squeeze",
+    "transpose",
+)
 
 
-class Values:
-    """Reads one site's values; every method returns atoms and how to combine them."""
+class Values(Protocol):
+    """What a kind of site can do; reads return atoms and how to combine them."""
+
+    def readers(self) -> dict[str, Callable[[], tuple[list[Atom], Read]]]:
+        """How to read each value the site has; one may raise ValueError."""
+        ...
+
+    def rewrite(self, plan: Plan, name: str, change: Change) -> None:
+        """Applies `change(value, given)` to probabilities, or to an activation."""
+        ...
+
+    def add_to_output(self, plan: Plan, name: str) -> tuple[int, ...] | None:
+        """Lets the array given for `name` be added to the output.
+
+        Returns its shape, without loops; None where the output is not the product
+        of the probabilities and the values.
+        """
+        ...
+
+
+class AttentionValues:
+    """Values around a softmax."""
 
     def __init__(self, graph: Graph, reading: Reading, scores: Scores):
         """Takes a reading and the way its scores come about."""
         self.graph = graph
         self.reading = reading
         self.scores = scores
+
+    def readers(self) -> dict[str, Callable[[], tuple[list[Atom], Read]]]:
+        """As `Values`."""
+        readers: dict[str, Callable[[], tuple[list[Atom], Read]]] = {
+            "probabilities": self.probabilities,
+            "value": lambda: self.operand("value"),
+            "output": self.output,
+            "logsumexp": self.logsumexp,
+        }
+        if self.reading.product is not None:
+            readers["query"] = lambda: self.operand("query")
+            readers["key"] = lambda: self.operand("key")
+        if self.scores.biases:
+            readers["bias"] = self.bias
+        if self.scores.masks:
+            readers["mask"] = self.mask
+        return readers
+
+    def rewrite(self, plan: Plan, name: str, change: Change) -> None:
+        """As `Values`."""
+        reading = self.reading
+        if reading.deferred:
+            self._rewrite_deferred(plan, name, change)
+            return
+
+        def rewritten(value, get, given):
+            native = axis_maps.from_view(value, reading.axes, reading.shape)
+            changed = change(self.canonical(native), given)
+            back = self.native(changed.astype(value.dtype))
+            return axis_maps.to_view(back, reading.axes, reading.shape)
+
+        plan.rewrite(reading.probability, name, rewritten)
+
+    def _rewrite_deferred(self, plan: Plan, name: str, change: Change) -> None:
+        """Changes exponentials by what the change of probabilities comes to.
+
+        The sum of the exponentials stays as it is, and so does the program when
+        nothing is changed.
+        """
+        softmax, combine = self.reading.softmax, self.reading.combine
+        plan.want(softmax.exponential)
+        keys = tuple(sorted(softmax.keys))
+
+        def rewritten(value, get, given):
+            exponential = self.exponential(get)
+            # Summed here, because the program may do so only after the product.
+            total = jnp.sum(exponential, axis=keys, keepdims=True, dtype=jnp.float32)
+            total = total.astype(exponential.dtype)
+            native = exponential / total
+            changed = change(self.canonical(native), given)
+            moved = self.native(changed.astype(native.dtype)) - native
+            extra = axis_maps.to_view(moved * total, combine.axes, softmax.shape)
+            return value + extra.astype(value.dtype)
+
+        plan.rewrite_operand(combine.node, combine.operand, name, rewritten)
+
+    def add_to_output(self, plan: Plan, name: str) -> tuple[int, ...] | None:
+        """As `Values`."""
+        try:
+            self._value()
+            atom, axes = self.output_place()
+        except ValueError:
+            return None
+        if not self._is_direct():
+            return None
+        aval = self.graph.aval(atom)
+        shape = jax.eval_shape(lambda x: self.canonical_output(x, axes), aval).shape
+
+        def rewritten(value, get, given):
+            del get
+            if given is None:
+                return value
+            return value + self.native_output(given.astype(value.dtype), axes)
+
+        plan.rewrite(atom, name, rewritten)
+        return shape
+
+    def _is_direct(self) -> bool:
+        """Whether nothing comes between the probabilities and their product."""
+        reading, graph = self.reading, self.graph
+        start = reading.softmax.exponential if reading.deferred else reading.probability
+        atom = reading.combine.node.ins[reading.combine.operand]
+        if reading.combine.node.primitive != "dot_general":
+            product = graph.source(atom)
+            if product is None:
+                return False
+            atom = next(each for each in product.ins if each != reading.combine.value)
+        while atom != start:
+            node = graph.source(atom)
+            if node is None or node.primitive not in _KEEPING:
+                return False
+            atom = node.ins[node.outs.index(atom)]
+        return True
 
     def probabilities(self) -> tuple[list[Atom], Read]:
         """Probabilities [batch, head, query, key]."""

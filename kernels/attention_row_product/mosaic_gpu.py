@@ -1,0 +1,268 @@
+# pyright: reportPrivateImportUsage=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# The names and signatures of JAX >= 0.11, which the oldest supported JAX lacks.
+"""`attention_row_product` on NVIDIA Hopper, for linear fusions.
+
+Warp groups each hold a block of keys while query blocks stream through shared memory
+once for all of them. Keys lie on the rows of a tile, so that what belongs to a query
+broadcasts along it and columns of the result are summed in registers. Every head
+writes its own partial sums; XLA adds them, so the result is deterministic.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from xviz_jax.kernels.attention_lse import xla as lse_xla
+from xviz_jax.kernels.attention_map import AttentionMap
+from xviz_jax.kernels.attention_row_product import xla
+from xviz_jax.kernels.dispatch import block_sizes, differentiated_as
+
+# So many vectors are summed in registers at a time, and so many times the scores
+# are worth computing again rather than forming the matrix.
+_VECTORS_PER_PASS = 8
+_MAX_PASSES = 4
+_LOG2_E = math.log2(math.e)
+
+
+def attention_row_product(
+    r: jax.Array,
+    attention: AttentionMap,
+    *,
+    precision: Literal["default", "fast"] = "default",
+    config: Mapping[str, int] | None = None,
+    interpret: Any = False,
+) -> jax.Array:
+    """`[B, M, Nq]` times F `[B, Nq, Nk]`; both precisions sum in float32."""
+    _require_support(r, attention)
+    kernel = functools.partial(call, config=config, interpret=interpret)
+    plain = functools.partial(xla.attention_row_product, precision=precision)
+    return differentiated_as(plain, kernel)(r, attention)
+
+
+def call(
+    r: jax.Array,
+    attention: AttentionMap,
+    *,
+    config: Mapping[str, int] | None,
+    interpret: Any,
+) -> jax.Array:
+    """The kernel itself, which has no derivative."""
+    lse = attention.lse
+    if lse is None:
+        lse = lse_xla.attention_lse(attention)
+    passes = [
+        _pass(r[:, m : m + _VECTORS_PER_PASS], lse, attention, config, interpret)
+        for m in range(0, r.shape[1], _VECTORS_PER_PASS)
+    ]
+    out = jnp.concatenate(passes, 1)
+    if attention.key_mask is not None:
+        # The logsumexp left masked keys out; their columns are all that remains.
+        out = jnp.where(attention.key_mask[:, None], out, 0.0)
+    return out
+
+
+def _require_support(r, attention):
+    if not hasattr(plgpu, "kernel") or not hasattr(plgpu, "InterpretGPUParams"):
+        raise NotImplementedError(
+            f"implementation='mosaic_gpu' wants JAX >= 0.11, this is {jax.__version__}"
+        )
+    for name in ("mask", "bias", "threshold", "positions", "softcap"):
+        if getattr(attention, name) is not None:
+            raise NotImplementedError(f"mosaic_gpu does not support {name}")
+    if not attention.fuses_linearly:
+        raise NotImplementedError(
+            f"mosaic_gpu does not support head_fusion={attention.head_fusion!r}"
+        )
+    if attention.q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(
+            f"mosaic_gpu supports q of bfloat16 or float16, got {attention.q.dtype}"
+        )
+    for name in ("q", "v"):
+        x = getattr(attention, name)
+        if x is not None and x.shape[3] % 64:
+            raise NotImplementedError(
+                f"mosaic_gpu supports head_dim in multiples of 64, got {name} of "
+                f"{x.shape[3]}"
+            )
+    most = _VECTORS_PER_PASS * _MAX_PASSES
+    if r.shape[1] > most:
+        raise NotImplementedError(
+            f"mosaic_gpu multiplies at most {most} vectors r, got {r.shape[1]}"
+        )
+    if jax.default_backend() == "gpu":
+        device = jax.devices()[0]
+        if getattr(device, "compute_capability", None) != "9.0":
+            raise NotImplementedError(
+                f"mosaic_gpu wants compute capability 9.0, this is {device}"
+            )
+
+
+def _pass(r, lse, attention, config, interpret):
+    b, h, kv_heads, nq, nk = attention.shape
+    m, group = r.shape[1], h // kv_heads
+    bq, bk, groups = block_sizes(config, block_q=128, block_k=64, warp_groups=2)
+    if bq % 64 or bk % 64:
+        raise ValueError(f"config wants blocks in multiples of 64, got {bq} and {bk}")
+    q_pad, k_pad = -nq % bq, -nk % (bk * groups)
+    q_blocks = (nq + q_pad) // bq
+    left, right = attention.window or (None, None)
+    if attention.causal:
+        right = 0 if right is None else min(right, 0)
+    offset, relevance = attention.q_offset, attention.relevance
+    scale = attention.scale * _LOG2_E
+    with_gradient = relevance != "attention"
+
+    pad = lambda x, n: jnp.pad(x, ((0, 0), (0, n), (0, 0), (0, 0)))
+    # An infinite logsumexp gives a row that attends nothing, and padding, weight 0.
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * _LOG2_E)
+    lse = jnp.pad(lse, ((0, 0), (0, 0), (0, q_pad)), constant_values=jnp.inf)
+    operands = [
+        jnp.pad(r, ((0, 0), (0, 0), (0, q_pad))),
+        lse,
+        pad(attention.q, q_pad),
+        pad(attention.k, k_pad),
+    ]
+    if with_gradient:
+        operands += [pad(attention.v, k_pad), pad(attention.dout, q_pad)]
+    layout = plgpu.Layout.WGMMA
+    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+    def body(r_ref, lse_ref, q_ref, k_ref, *refs):
+        v_ref, dout_ref = refs[:2] if with_gradient else (None, None)
+        out_ref, shared, barriers = refs[2 * with_gradient :]
+        example, head = lax.axis_index("batch"), lax.axis_index("heads")
+        kv_head = lax.div(head, jnp.array(group, head.dtype))
+        warp_group = lax.axis_index("warp_group")
+        first_key = lax.axis_index("keys") * (groups * bk)
+        own_key = first_key + warp_group * bk
+        # The query blocks that meet any key of this thread block; at least one.
+        first, last = jnp.int32(0), jnp.int32(q_blocks - 1)
+        if right is not None:
+            first = lax.div(jnp.maximum(first_key - right - offset, 0), bq)
+            first = jnp.minimum(first, q_blocks - 1)
+        if left is not None:
+            row = jnp.maximum(first_key + groups * bk - 1 + left - offset, 0)
+            last = jnp.maximum(jnp.minimum(lax.div(row, bq), last), first)
+
+        def columns(pipeline):
+            keys = pl.ds(own_key, bk)
+            fixed = [(k_ref, 0)] + ([(v_ref, 1)] if with_gradient else [])
+            for ref, n in fixed:
+                plgpu.copy_gmem_to_smem(
+                    ref.at[example, keys, kv_head],
+                    shared[n].at[warp_group],
+                    barriers[n].at[warp_group],
+                )
+            for _, n in fixed:
+                plgpu.barrier_wait(barriers[n].at[warp_group])
+            zero = plgpu.layout_cast(jnp.zeros((bk,), jnp.float32), layout.reduce(1))
+            sums = pipeline((zero,) * m)
+            result = shared[-1].at[warp_group]
+            for n in range(m):
+                result.at[n][...] = sums[n]
+            plgpu.commit_smem()
+            for n in range(m):
+                plgpu.copy_smem_to_gmem(
+                    result.at[n], out_ref.at[example, head, n, keys]
+                )
+            plgpu.wait_smem_to_gmem(0)
+
+        def matrix(fixed, streamed):
+            def multiply(accumulator):
+                plgpu.wgmma(accumulator, fixed, streamed.transpose((1, 0)))
+                return accumulator[...]
+
+            return pl.run_scoped(multiply, plgpu.ACC((bk, bq), jnp.float32))
+
+        def step(index, q_s, lse_s, r_s, *rest):
+            *dout_s, q_used, lse_used, r_used = rest[: 3 + with_gradient]
+            *dout_used, sums = rest[3 + with_gradient :]
+            s = matrix(shared[0].at[warp_group], q_s)
+            plgpu.barrier_arrive(q_used)
+            norm = plgpu.load(lse_s, layout=layout.reduce(0))
+            plgpu.barrier_arrive(lse_used)
+            across = lambda x: lax.broadcast_in_dim(x, (bk, bq), [1])
+            p = jnp.exp2(s * scale - across(norm))
+            if with_gradient:
+                gradient = matrix(shared[1].at[warp_group], dout_s[0])
+                plgpu.barrier_arrive(dout_used[0])
+                if relevance == "relu_gradient_x_attention":
+                    gradient = jnp.maximum(gradient, 0.0)
+                p = p * gradient
+            # After the gradient, which may be NaN where nothing is attended.
+            if left is not None or right is not None:
+                iota = lambda axis: plgpu.broadcasted_iota(
+                    jnp.int32, (bk, bq), axis, layout=layout
+                )
+                at = iota(1) + ((first + index[0]) * bq + offset)
+                key = iota(0) + own_key
+                if right is not None:
+                    p = jnp.where(key <= at + right, p, 0.0)
+                if left is not None:
+                    p = jnp.where(key >= at - left, p, 0.0)
+            weights = [plgpu.load(r_s.at[n], layout=layout.reduce(0)) for n in range(m)]
+            plgpu.barrier_arrive(r_used)
+            return tuple(
+                total + jnp.sum(p * across(w), axis=1)
+                for total, w in zip(sums, weights, strict=True)
+            )
+
+        features = lambda dim: plgpu.BlockSpec(
+            block_shape=(bq, dim),
+            index_map=lambda i: (first + i, 0),
+            transforms=list(tiled),
+        )
+        specs = [
+            features(q_ref.shape[3]),
+            plgpu.BlockSpec(block_shape=(bq,), index_map=lambda i: (first + i,)),
+            plgpu.BlockSpec(block_shape=(m, bq), index_map=lambda i: (0, first + i)),
+        ]
+        streams = [
+            q_ref.at[example, :, head, :],
+            lse_ref.at[example, head, :],
+            r_ref.at[example],
+        ]
+        if dout_ref is not None:
+            specs.append(features(dout_ref.shape[3]))
+            streams.append(dout_ref.at[example, :, head, :])
+        banded = left is not None or right is not None
+        plgpu.emit_pipeline_warp_specialized(
+            step,
+            grid=(last - first + 1 if banded else q_blocks,),
+            max_concurrent_steps=min(2, q_blocks),
+            num_compute_wgs=groups,
+            memory_registers=40,
+            wg_axis="warp_group",
+            manual_consumed_barriers=True,
+            compute_context=columns,
+            in_specs=specs,
+        )(*streams)
+
+    key_tile = lambda x: plgpu.SMEM((groups, bk, x.shape[3]), x.dtype, transforms=tiled)
+    shared = [key_tile(x) for x in operands[3:5]]
+    shared.append(plgpu.SMEM((groups, m, bk), jnp.float32))
+    partial = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((b, h, m, nk + k_pad), jnp.float32),
+        scratch_types=[
+            shared,
+            [plgpu.Barrier(num_barriers=groups)] * (1 + with_gradient),
+        ],
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        grid=(h, (nk + k_pad) // (bk * groups), b),
+        grid_names=("heads", "keys", "batch"),
+        num_threads=groups + 1,
+        thread_name="warp_group",
+        interpret=interpret,
+        kernel_name=f"attention_row_product_{relevance}",
+    )(*operands)
+    weights = jnp.broadcast_to(attention.fusion_weights(), (b, h))
+    return jnp.einsum("bh,bhmn->bmn", weights, partial[..., :nk], precision="highest")

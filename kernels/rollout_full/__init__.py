@@ -1,0 +1,3 @@
+"""The whole attention rollout."""
+
+from xviz_jax.kernels.rollout_full.api import rollout_full as rollout_full
