@@ -15,7 +15,7 @@ from xviz_jax.models import embedded
 
 
 def main() -> None:
-    options = arguments(__doc__.splitlines()[0])
+    options = arguments(__doc__)
     batch, steps, rounds = (2, 4, 2) if options.small else (8, 24, options.rounds)
     forward, parameters = embedded.functional()
     images = jnp.asarray(embedded.images()[0][:batch])

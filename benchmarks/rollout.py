@@ -11,7 +11,7 @@ from xviz_jax.models import embedded
 
 
 def main() -> None:
-    options = arguments(__doc__.splitlines()[0])
+    options = arguments(__doc__)
     sizes, rounds = ((2,), 2) if options.small else ((1, 4, 32), options.rounds)
     forward, parameters = embedded.functional()
     pairs = []

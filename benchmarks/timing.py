@@ -52,9 +52,11 @@ def paired(
     return Pair(name, statistics.median(mine), statistics.median(base), ratios, error)
 
 
-def arguments(description: str) -> argparse.Namespace:
+def arguments(description: str | None) -> argparse.Namespace:
     """`--small` for shapes that only show that the script runs; `--save`."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--small", action="store_true", help="tiny shapes, two rounds")
     parser.add_argument("--save", action="store_true", help="write into RESULTS.md")
     parser.add_argument("--rounds", type=int, default=9)

@@ -138,7 +138,9 @@ def describe(config: modeling.Config, seed: int, epochs: int) -> dict:
 
 def main() -> None:
     """Trains, measures and saves."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist")
     )
@@ -166,7 +168,7 @@ def main() -> None:
 
     shuffle = np.random.default_rng(arguments.seed)
     key = jax.random.key(arguments.seed)
-    start = time.monotonic()
+    start, right = time.monotonic(), 0.0
     for epoch, keep in enumerate(kept[: arguments.epochs], start=1):
         order = shuffle.permutation(len(train))[: steps * BATCH]
         losses = []

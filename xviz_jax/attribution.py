@@ -80,14 +80,14 @@ def hold(target: Target, logits: jax.Array) -> Target:
 
 
 def _check_class(target: Target, classes: int) -> Target:
-    known = isinstance(target, int | np.integer) and not isinstance(target, bool)
-    if known and not 0 <= target < classes:
-        raise ValueError(
-            f"`target` is a class from 0 to {classes - 1}, got {int(target)}"
-        )
-    if known:
+    if isinstance(target, int | np.integer) and not isinstance(target, bool):
+        if not 0 <= target < classes:
+            raise ValueError(
+                f"`target` is a class from 0 to {classes - 1}, got {target}"
+            )
         return int(target)
-    if not hasattr(target, "dtype") or not jnp.issubdtype(target.dtype, jnp.integer):
+    array = isinstance(target, jax.Array | np.ndarray)
+    if not array or not jnp.issubdtype(target.dtype, jnp.integer):
         raise ValueError(
             "`target` is None, an integer, a pair of integers or a callable, got "
             f"{target!r}"
@@ -97,7 +97,7 @@ def _check_class(target: Target, classes: int) -> Target:
             f"`target` is one integer for one example, got shape {target.shape}; "
             "use `jax.vmap` for a batch"
         )
-    return target
+    return jnp.asarray(target)
 
 
 def explained(target: Target, logits: jax.Array) -> jax.Array:
@@ -113,14 +113,13 @@ def explained(target: Target, logits: jax.Array) -> jax.Array:
       ValueError: If a callable target returns anything but a float scalar.
     """
     if callable(target):
-        value = target(logits)
-        dtype = getattr(value, "dtype", None)
-        shape = getattr(value, "shape", None)
-        if shape != () or not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(
-                f"a callable target returns one float, got {dtype} of shape {shape}"
-            )
-        return value.astype(jnp.float32)
+        value: Any = target(logits)
+        if not isinstance(value, jax.Array | np.ndarray | np.generic) or value.shape:
+            got = getattr(value, "shape", type(value).__name__)
+            raise ValueError(f"a callable target returns one float, got {got}")
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(f"a callable target returns one float, got {value.dtype}")
+        return jnp.asarray(value).astype(jnp.float32)
     if target is None:
         return logits.astype(jnp.float32)
     if isinstance(target, tuple):

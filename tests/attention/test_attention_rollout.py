@@ -18,7 +18,7 @@ def model(x):
 
 def maps(x):
     """Each layer's probabilities [head, query, key], in float64."""
-    x, found = np.float64(x), []
+    x, found = np.asarray(x, np.float64), []
     for layer in WEIGHTS[:-1]:
         weights = {name: np.asarray(leaf, np.float64) for name, leaf in layer.items()}
         query, key, value = (

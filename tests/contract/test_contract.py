@@ -1,5 +1,7 @@
 """What every method promises, whichever it is."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,7 @@ from tests.contract.table import (
 )
 
 WEIGHTS = parameters()
-ROUNDING = {"rtol": 5e-5, "atol": 1e-5}
+near = partial(np.testing.assert_allclose, rtol=5e-5, atol=1e-5)
 
 
 def model(x):
@@ -28,7 +30,7 @@ def model(x):
 
 def close(left, right):
     for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        np.testing.assert_allclose(a, b, **ROUNDING)
+        near(a, b)
 
 
 def over(rows):
@@ -101,10 +103,10 @@ def test_one_trace_per_shape(method):
         return transformer(WEIGHTS, x)
 
     program = jax.jit(method.make(counted))
-    for seed in range(10):
+    program(example())
+    first = traces
+    for seed in range(9):
         program(example() + seed)
-        if seed == 0:
-            first = traces
     assert traces == first > 0
 
 
@@ -138,7 +140,7 @@ def test_parameters_may_be_arguments(method, explain):
     close(jax.jit(other)(WEIGHTS, example()), explain(example()))
     doubled = jax.tree.map(lambda leaf: 2 * leaf, WEIGHTS)
     changed = jax.jit(other)(doubled, example()).scores
-    assert not np.allclose(changed, explain(example()).scores, **ROUNDING)
+    assert not np.allclose(changed, explain(example()).scores, rtol=1e-3)
 
 
 @every_method
@@ -179,7 +181,7 @@ class TestTargets:
     def test_pair_is_a_difference(self, method, explain):
         pair = explain(example(), target=(1, 2))
         one, two = (explain(example(), target=target) for target in (1, 2))
-        np.testing.assert_allclose(pair.output, one.output - two.output, **ROUNDING)
+        near(pair.output, one.output - two.output)
         if method.complete or method.name in ("saliency-signed", "input_x_gradient"):
             np.testing.assert_allclose(
                 pair.scores, one.scores - two.scores, rtol=1e-4, atol=1e-5
@@ -213,7 +215,7 @@ class TestTargets:
             ((0, 9), "from 0 to 3, got 9"),
             (np.array([0, 1]), r"got shape \(2,\); use `jax.vmap`"),
             (np.array(0.5), "an integer"),
-            (lambda logits: logits, r"returns one float, got float32 of shape \(4,\)"),
+            (lambda logits: logits, r"returns one float, got \(4,\)"),
             (lambda logits: jnp.argmax(logits), "returns one float, got int32"),
         ],
     )
@@ -335,5 +337,5 @@ class TestClosedForms:
         np.testing.assert_allclose(
             diagnostics["completeness_gap"], gap / abs(change), atol=1e-5
         )
-        np.testing.assert_allclose(attribution.output, model(example())[1], **ROUNDING)
+        near(attribution.output, model(example())[1])
         assert diagnostics["converged"]

@@ -58,6 +58,7 @@ def test_memory_does_not_grow_with_steps():
             lambda x: transformer(weights, x), steps=steps, chunk=4
         )
         analysis = jax.jit(explain).lower(x).compile().memory_analysis()
+        assert analysis is not None
         return analysis.temp_size_in_bytes
 
     # The nodes and weights themselves: 8 bytes a step.

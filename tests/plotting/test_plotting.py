@@ -32,7 +32,7 @@ def test_channels_are_summed_and_zeros_drawn():
     scores = np.zeros((3, 3, 2))
     scores[0, 0] = [1, -3]
     (drawn,) = plotting.image_attribution(scores).get_images()
-    assert drawn.get_array()[0, 0] == -2
+    assert np.asarray(drawn.get_array())[0, 0] == -2
     (blank,) = plotting.image_attribution(np.zeros((3, 3))).get_images()
     assert blank.get_clim() == (0, 1)
 

@@ -72,7 +72,9 @@ def arguments(program):
     x = normal(1, size["b"], size["q"], WIDTH)
     source = normal(2, size["b"], size["k"], WIDTH)
     w = [normal(i, WIDTH, size["h"], size["d"]) for i in (3, 4, 5)]
-    full = [1 if b else size[a] for a, b in zip("bhq", program["broadcast"], strict=1)]
+    full = [
+        1 if b else size[a] for a, b in zip("bhq", program["broadcast"], strict=True)
+    ]
     mask = np.random.default_rng(6).random((*full, size["k"])) < 0.6
     mask[..., 0] = True
     return x, source, *w, jnp.asarray(mask)

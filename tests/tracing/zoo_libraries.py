@@ -1,6 +1,7 @@
 """Attention as the libraries write it: Flax, Equinox, Haiku and `jax.nn`."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -282,7 +283,7 @@ def _linen_network(kind):
         for i in range(LAYERS):
             if "scan" in kind:
                 block = jax.tree.map(lambda leaf, i=i: leaf[i], p["layers"])
-                place = dict(site=0, loop=(i,))
+                place: dict[str, Any] = dict(site=0, loop=(i,))
             else:
                 block, place = p[f"layer_{i}"], dict(site=i)
             y = layer_norm(x, block["norm"])
@@ -656,10 +657,10 @@ def haiku_remat():
 
 @haiku()
 def haiku_layer_stack():
-    import haiku as hk
+    from haiku import experimental
 
     def function(x):
-        @hk.experimental.layer_stack(LAYERS)
+        @experimental.layer_stack(LAYERS)
         def layer(x):
             return x + _haiku_attention()(x, x, x)
 

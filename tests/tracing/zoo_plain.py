@@ -48,9 +48,15 @@ def _einsum(logits, mixed):
     return build
 
 
-for _logits in ("bhqk", "bhkq", "bqkh", "hbqk", "qkbh", "khqb"):
-    for _mixed in ("bqhd", "hdqb"):
-        case(f"einsum_{_logits}_{_mixed}")(_einsum(_logits, _mixed))
+for _logits, _mixed in (
+    ("bhqk", "bqhd"),
+    ("bhkq", "bhqd"),
+    ("bqkh", "hdqb"),
+    ("hbqk", "qbhd"),
+    ("qkbh", "bqhd"),
+    ("khqb", "dbqh"),
+):
+    case(f"einsum_{_logits}_{_mixed}")(_einsum(_logits, _mixed))
 
 
 @case()
@@ -913,20 +919,17 @@ def blocks_and_their_neighbours():
 
     def explicit(tap, x, w):
         q, k, v = project(x, w)
-        out = []
-        blocks = []
+        keys = [jnp.array(y) for y in ([4, 5, 0, 1], [0, 1, 2, 3], [2, 3, 4, 5])]
+        maps = []
         for n in range(3):
-            keys = slice(2 * n - 2, 2 * n + 2) if n else [4, 5, 0, 1]
             rows = q[:, 2 * n : 2 * n + 2]
-            s = jnp.einsum("bqhd,bkhd->bhqk", rows, k[:, jnp.r_[keys]]) * SCALE
-            if not n:
-                s = s.at[..., :2].set(-1e9)
-            blocks.append(normalise(s))
-        blocks = tap(jnp.stack(blocks, axis=1), "bchqk")
-        for n in range(3):
-            keys = slice(2 * n - 2, 2 * n + 2) if n else [4, 5, 0, 1]
-            a = blocks[:, n]
-            out.append(jnp.einsum("bhqk,bkhd->bqhd", a, v[:, jnp.r_[keys]]))
+            s = jnp.einsum("bqhd,bkhd->bhqk", rows, k[:, keys[n]]) * SCALE
+            s = s.at[..., :2].set(-1e9) if n == 0 else s
+            maps.append(normalise(s))
+        maps = tap(jnp.stack(maps, axis=1), "bchqk")
+        out = [
+            jnp.einsum("bhqk,bkhd->bqhd", maps[:, n], v[:, keys[n]]) for n in range(3)
+        ]
         return merge(jnp.concatenate(out, axis=1), w)
 
     return model, (tokens(6), weights()), explicit
@@ -958,7 +961,7 @@ def _logsumexp(s):
 
 
 _SOFTMAXES = {
-    "plain": lambda s: jnp.exp(s) / jnp.exp(s).sum(-1, keepdims=True),
+    "repeated_exponential": lambda s: jnp.exp(s) / jnp.exp(s).sum(-1, keepdims=True),
     "shared_exponential": lambda s: (e := jnp.exp(s)) / e.sum(-1, keepdims=True),
     "max_subtracted": normalise,
     "max_stopped": lambda s: (
@@ -1002,7 +1005,7 @@ _SOFTMAXES = {
         (shifted := s - s.max(-1, keepdims=True))
         - jnp.log(jnp.exp(shifted).sum(-1, keepdims=True))
     ),
-    "logsumexp_by_reduce": lambda s: (
+    "max_stopped_repeated": lambda s: (
         jnp.exp(s - lax.stop_gradient(s.max(-1, keepdims=True)))
         / jnp.exp(s - lax.stop_gradient(s.max(-1, keepdims=True))).sum(
             -1, keepdims=True

@@ -376,8 +376,10 @@ def _sum_sides(graph: Graph, node: Node) -> tuple[Side, Side] | None:
             for axis, target in enumerate(targets)
             if target not in summed
         }
-        groups = (tuple(axes[name]) for name in ("batch", "contract", "free"))
-        found.append(Side(atom, *groups, out))
+        batch, contract, free = (
+            tuple(axes[name]) for name in ("batch", "contract", "free")
+        )
+        found.append(Side(atom, batch, contract, free, out))
     return found[0], found[1]
 
 

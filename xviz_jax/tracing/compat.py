@@ -20,6 +20,7 @@ except ImportError:
     source_info_util = None
 
 Literal = extend_core.Literal
+Tracer = jax.core.Tracer  # pyright: ignore[reportAttributeAccessIssue]
 evaluate_jaxpr = extend_core.jaxpr_as_fun
 
 _SCAN_PARAMETERS = frozenset(inspect.signature(jax.lax.scan).parameters)

@@ -16,7 +16,7 @@ from xviz_jax.tracing.fused import FusedValues
 from xviz_jax.tracing.graph import Atom, Body, Graph, Node
 from xviz_jax.tracing.roles import Reading
 from xviz_jax.tracing.site import Site
-from xviz_jax.tracing.values import AttentionValues, Values
+from xviz_jax.tracing.values import AttentionValues, UnknownValues, Values
 
 # Scopes of derivatives and of values computed again for them.
 _BACKWARD = ("transpose(", "rematted_computation")
@@ -35,11 +35,11 @@ _UNNORMALISED = (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Located:
-    """A site together with where its values are; none, where it is unknown."""
+    """A site together with where its values are."""
 
     site: Site
     body: Body
-    values: Values | None
+    values: Values
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,7 +97,7 @@ def trace(model: Callable, args: tuple, kwargs: dict[str, Any]) -> Program:
 
 
 def _is_array(leaf: Any) -> bool:
-    kinds = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, jax.core.Tracer)
+    kinds = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, compat.Tracer)
     return isinstance(leaf, kinds)
 
 
@@ -123,7 +123,7 @@ class _Found:
     place: tuple[int, ...]
     base: str
     body: Body
-    values: Values | None
+    values: Values
     site: Site
 
 
@@ -162,7 +162,7 @@ def _sites_of(
     loops: tuple[int, ...],
     lookups: activation.Lookups,
     inputs: dict[int, tuple[str, ...]],
-) -> Iterator[tuple[Node, str, Values | None, Site]]:
+) -> Iterator[tuple[Node, str, Values, Site]]:
     """Sites of one body: where each runs, its name's base, its values, and itself."""
     blocks: set[int] = set()
     for softmax in matcher.find(graph, body):
@@ -170,7 +170,12 @@ def _sites_of(
         if reading is None:
             if roles.is_unnormalised(graph, softmax):
                 site = Site("", "unknown", loops, why=_UNNORMALISED)
-                yield softmax.node, _scope_name(softmax.node.scope), None, site
+                yield (
+                    softmax.node,
+                    _scope_name(softmax.node.scope),
+                    UnknownValues(),
+                    site,
+                )
             continue
         node = reading.combine.node
         base = _scope_name(node.scope)
@@ -190,7 +195,7 @@ def _sites_of(
         if isinstance(kernel, Node):
             why = "a Pallas kernel that may be attention has no known signature"
             site = Site("", "unknown", loops, why=why)
-            yield kernel, _scope_name(kernel.scope), None, site
+            yield kernel, _scope_name(kernel.scope), UnknownValues(), site
         else:
             values = FusedValues(graph, kernel)
             site = _fused_site(loops, kernel, values)

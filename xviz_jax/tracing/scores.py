@@ -292,7 +292,7 @@ def _constant(graph: Graph, atom: Atom, depth: int) -> np.ndarray | None:
         return _constant(graph, node.ins[0], depth + 1)
     if atom in graph.constants:
         value = graph.constants[atom]
-        return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
+        return None if isinstance(value, compat.Tracer) else np.asarray(value)
     node = graph.source(atom)
     if node is None or node.kind != "leaf" or depth > 20:
         return None

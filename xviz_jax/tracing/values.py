@@ -65,6 +65,22 @@ class Values(Protocol):
         ...
 
 
+class UnknownValues:
+    """A site that is not understood has no values, and cannot be changed."""
+
+    def readers(self) -> dict[str, Callable[[], tuple[list[Atom], Read]]]:
+        """As `Values`."""
+        return {}
+
+    def rewrite(self, plan: Plan, name: str, change: Change) -> None:
+        """As `Values`."""
+        raise NotImplementedError(f"{name!r} is not understood")
+
+    def add_to_output(self, plan: Plan, name: str) -> tuple[int, ...] | None:
+        """As `Values`."""
+        raise NotImplementedError(f"{name!r} is not understood")
+
+
 class AttentionValues:
     """Values around a softmax."""
 
