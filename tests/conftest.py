@@ -1,4 +1,4 @@
-"""Four CPU devices, strict promotion and a cache of compiled programs, for every test."""
+"""Four CPU devices, strict promotion and a cache of compiled programs."""
 
 from pathlib import Path
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent / "xviz_jax"
 FLOORS = {
     "kernels": set(),
     "tracing": set(),
-    "attribution": set(),
+    "attribution": {"tracing"},
     "gradients": {"attribution", "tracing", "kernels"},
     "attention": {"attribution", "tracing", "kernels"},
     "batch": {"attribution"},

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xviz_jax import tracing
+
 # None, a class, a pair of classes, or a function of the logits.
 Target = Any
 
@@ -137,21 +139,39 @@ def _logit(target: Target, logits: jax.Array) -> jax.Array:
     return known * jnp.sum(jnp.where(chosen, logits, 0))
 
 
-def choose(
-    args: Sequence[Any], argnums: int | Sequence[int]
-) -> tuple[Any, Callable[[Any], tuple[Any, ...]]]:
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What is explained of which function: a model, seen from the explained input.
+
+    Attributes:
+      x: The explained input, a pytree of floats: the argument itself, or the
+        embeddings that a token argument looks up.
+      model: Maps such an input to the model's logits.
+      scores: Brings float32 scores shaped like `x` into the form that is returned.
+      embed: For tokens, the embeddings of other tokens of the same shape.
+    """
+
+    x: Any
+    model: Callable[[Any], jax.Array]
+    scores: Callable[[Any], Any]
+    embed: Callable[[Any], Any] | None = None
+
+
+def ask(model: Callable, args: Sequence[Any], argnums: int | Sequence[int]) -> Question:
     """Splits what is explained from the other positional arguments.
 
+    Float arguments are explained themselves. An integer argument is explained at
+    the rows of the tables it looks up, found by tracing, with one score for each
+    token.
+
     Args:
-      args: Positional arguments of the model.
+      model: Maps one example to logits.
+      args: Its positional arguments.
       argnums: Which of them are explained, as in `jax.grad`.
 
-    Returns:
-      The explained input (a tuple where `argnums` is a sequence), and a function
-      that puts another in its place.
-
     Raises:
-      ValueError: If there is no such argument, or it is not made of floats.
+      ValueError: If there is no such argument, or it is neither made of floats nor
+        an array of tokens that the model looks up.
     """
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     for number in numbers:
@@ -165,37 +185,86 @@ def choose(
     leaves = jax.tree.leaves(x)
     if not leaves:
         raise ValueError("the explained input has no arrays")
+    if len(leaves) == 1 and x is leaves[0] and _has_kind(x, jnp.integer):
+        return _ask_of_tokens(model, args, numbers[0])
     for leaf in leaves:
-        dtype = getattr(leaf, "dtype", None)
-        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-            got = type(leaf).__name__ if dtype is None else dtype
+        if not _has_kind(leaf, jnp.floating):
+            got = getattr(leaf, "dtype", type(leaf).__name__)
             raise ValueError(f"the explained input must be a float array, got {got}")
 
-    def put(other: Any) -> tuple[Any, ...]:
+    def seen(other: Any) -> jax.Array:
         filled = list(args)
         others = (other,) if isinstance(argnums, int) else other
         for number, each in zip(numbers, others, strict=True):
             filled[number] = each
-        return tuple(filled)
+        return model(*filled)
 
-    return x, put
+    return Question(x, seen, lambda scores: scores)
 
 
-def start(baseline: Any, x: Any) -> Any:
-    """The input a path starts from, shaped like `x`.
+def _has_kind(leaf: Any, kind: Any) -> bool:
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, kind)
+
+
+def _ask_of_tokens(model: Callable, args: Sequence[Any], number: int) -> Question:
+    tokens = args[number]
+    before = sum(map(_is_array, jax.tree.leaves(list(args[:number]))))
+    sites = tracing.sites(model, *args)
+    lookups = [s for s in sites if s.kind == "embedding" and before in s.inputs]
+    usable = [s for s in lookups if s.shape[: tokens.ndim] == tokens.shape]
+    if not usable or len(usable) < len(lookups):
+        found = [f"{s.name!r} of shape {s.shape}" for s in lookups] or "no table"
+        raise ValueError(
+            f"the explained input is {tokens.dtype}{list(tokens.shape)}: it must look "
+            f"up embeddings, one for each token, but tracing found {found}"
+        )
+    names = [site.name for site in usable]
+
+    def embed(other: Any) -> dict[str, jax.Array]:
+        filled = [*args[:number], other, *args[number + 1 :]]
+        _, captured = tracing.capture(model, ("activation",), names)(*filled)
+        return {name: captured[name]["activation"] for name in names}
+
+    x = embed(tokens)
+
+    def seen(other: dict[str, jax.Array]) -> jax.Array:
+        moved = jax.tree.map(lambda new, old: new - old, other, x)
+        return tracing.perturb(model, names)(moved, *args)
+
+    def scores(each: dict[str, jax.Array]) -> jax.Array:
+        """One score for each token, summed over features and tables."""
+        summed = [
+            leaf.reshape(*tokens.shape, -1).sum(axis=-1) for leaf in each.values()
+        ]
+        return sum(summed[1:], summed[0])
+
+    return Question(x, seen, scores, embed)
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
+
+
+def start(baseline: Any, question: Question) -> Any:
+    """The input a path starts from, shaped like the question's.
 
     Args:
-      baseline: None for zeros, a number, an array or pytree shaped like `x`, or a
-        function of `x` that returns one of these.
-      x: The explained input.
+      baseline: None for zeros, a number, an array or pytree shaped like the input,
+        or a function of the input that returns one of these. For tokens, the input
+        is their embeddings; an integer array of other tokens stands for theirs.
+      question: What is explained.
 
     Raises:
       ValueError: If the shapes differ.
     """
+    x = question.x
     if callable(baseline):
         baseline = baseline(x)
     if baseline is None:
         baseline = 0.0
+    if question.embed is not None and _has_kind(baseline, jnp.integer):
+        return question.embed(jnp.asarray(baseline))
     if _is_number(baseline):
         return jax.tree.map(lambda leaf: jnp.full_like(leaf, baseline), x)
     if jax.tree.structure(baseline) != jax.tree.structure(x):

@@ -245,10 +245,12 @@ class TestInputs:
 
     @gradient_methods
     def test_inputs_must_be_floats(self, method):
-        with pytest.raises(ValueError, match="must be a float array, got int32"):
+        with pytest.raises(ValueError, match=r"int32\[5, 8\]: it must look up"):
             method.make(lambda x: model(x.astype(jnp.float32)))(
                 jnp.ones((LENGTH, WIDTH), jnp.int32)
             )
+        with pytest.raises(ValueError, match="must be a float array, got bool"):
+            method.make(lambda x: model(example()))(jnp.ones(3, bool))
         with pytest.raises(ValueError, match="no arrays"):
             method.make(lambda x: model(example()))(())
 

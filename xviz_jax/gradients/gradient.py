@@ -6,13 +6,13 @@ from typing import Any
 import jax
 
 from xviz_jax import attribution
-from xviz_jax.attribution import Target
+from xviz_jax.attribution import Question, Target
 
 
 def gradient_at(
     model: Callable, args: Sequence[Any], argnums: int | Sequence[int], target: Target
-) -> tuple[Any, jax.Array, Any]:
-    """Input, explained scalar and its gradient there, in one forward and backward.
+) -> tuple[Question, jax.Array, Any]:
+    """Question, explained scalar and its gradient, in one forward and backward.
 
     Args:
       model: Maps one example to logits.
@@ -21,14 +21,14 @@ def gradient_at(
       target: What is explained.
 
     Returns:
-      The explained input, the scalar (float32), and the gradient in the input's
+      What is explained, the scalar (float32), and the gradient in the input's
       dtype.
     """
-    x, put = attribution.choose(args, argnums)
+    question = attribution.ask(model, args, argnums)
 
     def scalar(x: Any) -> jax.Array:
-        logits = model(*put(x))
+        logits = question.model(x)
         return attribution.explained(attribution.hold(target, logits), logits)
 
-    output, gradient = jax.value_and_grad(scalar)(x)
-    return x, output, gradient
+    output, gradient = jax.value_and_grad(scalar)(question.x)
+    return question, output, gradient

@@ -24,7 +24,8 @@ def input_x_gradient(
 
     Returns:
       `explain(*args, target=None, key=None) -> Attribution`, whose scores are
-      shaped like the explained input. No diagnostics.
+      shaped like the explained input (one for each token where it is an integer
+      array that the model looks up). No diagnostics.
 
     Raises:
       ValueError: If the input is not made of floats, or the target does not fit.
@@ -38,11 +39,12 @@ def input_x_gradient(
 
     def explain(*args: Any, target: Target = None, key: Any = None) -> Attribution:
         del key
-        x, output, gradient = gradient_at(model, args, argnums, target)
+        question, output, gradient = gradient_at(model, args, argnums, target)
 
         def score(leaf: jax.Array, slope: jax.Array) -> jax.Array:
             return leaf.astype(jnp.float32) * slope.astype(jnp.float32)
 
-        return Attribution(scores=jax.tree.map(score, x, gradient), output=output)
+        scores = question.scores(jax.tree.map(score, question.x, gradient))
+        return Attribution(scores=scores, output=output)
 
     return explain

@@ -47,7 +47,8 @@ def integrated_gradients(
 
     Returns:
       `explain(*args, target=None, key=None) -> Attribution`, whose scores are
-      shaped like the explained input, and whose diagnostics are
+      shaped like the explained input (one for each token where it is an integer
+      array that the model looks up), and whose diagnostics are
 
       - `completeness_gap`: |sum of scores - change of the output|, relative to the
         change of the output;
@@ -76,20 +77,20 @@ def integrated_gradients(
 
     def explain(*args: Any, target: Target = None, key: Any = None) -> Attribution:
         del key
-        x, put = attribution.choose(args, argnums)
-        begin = attribution.start(baseline, x)
-        logits = model(*put(x))
+        question = attribution.ask(model, args, argnums)
+        x, begin = question.x, attribution.start(baseline, question)
+        logits = question.model(x)
         fixed = attribution.hold(target, logits)
         output = attribution.explained(fixed, logits)
 
         def scalar(point: Any) -> jax.Array:
-            return attribution.explained(fixed, model(*put(point)))
+            return attribution.explained(fixed, question.model(point))
 
         baseline_output = scalar(begin)
         average = _average_gradient(scalar, begin, x, nodes, weights, size)
         scores = jax.tree.map(lambda a, b: a * b, _difference(x, begin), average)
         return Attribution(
-            scores=scores,
+            scores=question.scores(scores),
             output=output,
             diagnostics=_diagnose(scores, output, baseline_output, steps),
         )

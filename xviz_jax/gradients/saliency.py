@@ -26,7 +26,8 @@ def saliency(
 
     Returns:
       `explain(*args, target=None, key=None) -> Attribution`, whose scores are
-      shaped like the explained input. No diagnostics.
+      shaped like the explained input (one for each token where it is an integer
+      array that the model looks up). No diagnostics.
 
     Raises:
       ValueError: If the input is not made of floats, or the target does not fit.
@@ -39,12 +40,13 @@ def saliency(
 
     def explain(*args: Any, target: Target = None, key: Any = None) -> Attribution:
         del key
-        _, output, gradient = gradient_at(model, args, argnums, target)
+        question, output, gradient = gradient_at(model, args, argnums, target)
 
         def score(leaf: jax.Array) -> jax.Array:
             leaf = leaf.astype(jnp.float32)
             return leaf if signed else jnp.abs(leaf)
 
-        return Attribution(scores=jax.tree.map(score, gradient), output=output)
+        scores = question.scores(jax.tree.map(score, gradient))
+        return Attribution(scores=scores, output=output)
 
     return explain

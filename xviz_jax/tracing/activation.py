@@ -86,16 +86,34 @@ class Lookups:
     def __init__(self, graph: Graph):
         """Marks everything that is an integer input but for shape and offset."""
         self.graph = graph
-        self.indices: set[int] = set()
-        self.hot: set[int] = set()
+        # Which of the program's inputs each index, and each one-hot array, is made of.
+        self.indices: dict[int, frozenset[int]] = {}
+        self.hot: dict[int, frozenset[int]] = {}
+        for number, atom in enumerate(graph.root.ins):
+            if self._is_integer(atom):
+                self.indices[atom] = frozenset({number})
         for body in graph.bodies():
-            self._enter(body)
+            for inner in body.ins:
+                passed = self._of(self.indices, [graph.outer.get(inner)])
+                if passed:
+                    self.indices[inner] = passed
             for leaf in body.leaves:
                 self._mark(leaf)
 
     def of(self, body: Body) -> list[Node]:
         """Nodes whose result is looked-up rows, in program order."""
-        return [leaf for leaf in body.leaves if self._looks_up(leaf)]
+        return [leaf for leaf in body.leaves if self.inputs(leaf)]
+
+    def inputs(self, leaf: Node) -> tuple[int, ...]:
+        """Numbers of the program's inputs that a node looks up; none for others."""
+        found: frozenset[int] = frozenset()
+        if leaf.primitive == "gather" and self._is_table(leaf.ins[0]):
+            found = self._of(self.indices, [leaf.ins[1]])
+        elif leaf.primitive == "dot_general":
+            for hot, table in ((0, 1), (1, 0)):
+                if self._is_table(leaf.ins[table]):
+                    found |= self._of(self.hot, [leaf.ins[hot]])
+        return tuple(sorted(found))
 
     def rows(self, node: Node) -> int:
         """What a lookup returns, without axes of one row each."""
@@ -106,34 +124,24 @@ class Lookups:
             users = self.graph.users.get(atom, ())
         return atom
 
-    def _enter(self, body: Body) -> None:
-        for inner in body.ins:
-            outer = self.graph.outer.get(inner)
-            given = body.parent is None and self._is_integer(inner)
-            passed = not isinstance(outer, Literal) and outer in self.indices
-            if given or passed:
-                self.indices.add(inner)
+    def _of(self, marks: dict[int, frozenset[int]], atoms) -> frozenset[int]:
+        known = [atom for atom in atoms if not isinstance(atom, Literal)]
+        return frozenset().union(*[marks.get(atom, frozenset()) for atom in known])
 
     def _mark(self, leaf: Node) -> None:
-        atoms = {atom for atom in leaf.ins if not isinstance(atom, Literal)}
-        if leaf.primitive in _INTEGER_STEPS and atoms & self.indices:
-            self.indices |= {out for out in leaf.outs if self._is_integer(out)}
-        if leaf.primitive == "eq" and atoms & self.indices:
-            others = [atom for atom in leaf.ins if atom not in self.indices]
+        indices = self._of(self.indices, leaf.ins)
+        if leaf.primitive in _INTEGER_STEPS and indices:
+            for out in leaf.outs:
+                if self._is_integer(out):
+                    self.indices[out] = indices
+        if leaf.primitive == "eq" and indices:
+            others = [atom for atom in leaf.ins if not self._of(self.indices, [atom])]
             if len(others) == 1 and self._counts(others[0]):
-                self.hot.add(leaf.outs[0])
+                self.hot[leaf.outs[0]] = indices
+        hot = self._of(self.hot, leaf.ins)
         shaping = ("convert_element_type", "reshape", "transpose", "squeeze")
-        if leaf.primitive in shaping and atoms & self.hot:
-            self.hot.add(leaf.outs[0])
-
-    def _looks_up(self, leaf: Node) -> bool:
-        if leaf.primitive == "gather":
-            table, index = leaf.ins[:2]
-            return index in self.indices and self._is_table(table)
-        if leaf.primitive == "dot_general":
-            pairs = (leaf.ins[:2], leaf.ins[1::-1])
-            return any(a in self.hot and self._is_table(b) for a, b in pairs)
-        return False
+        if leaf.primitive in shaping and hot:
+            self.hot[leaf.outs[0]] = hot
 
     def _is_table(self, atom: Atom) -> bool:
         wide = len(self.graph.shape(atom)) >= 2

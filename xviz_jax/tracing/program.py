@@ -204,6 +204,7 @@ def _sites_of(
         base = _scope_name(node.scope) or _table_name(graph, node, inputs)
         rows = lookups.rows(node)
         site = _activation_site(graph, "embedding", rows, loops)
+        site = dataclasses.replace(site, inputs=lookups.inputs(node))
         yield node, base, ActivationValues(graph, rows), site
     for node, base in activation.named(body):
         site = _activation_site(graph, "named", node.outs[0], loops)

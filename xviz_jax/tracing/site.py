@@ -27,6 +27,7 @@ class Site:
         the product to the softmax is not understood.
       softcap: `c` of `c * tanh(scores / c)`.
       values: What `capture` can read of it.
+      inputs: For an embedding, which array arguments are looked up, counted flat.
       order: Where in the program it runs: positions of the loops around it, then
         its own.
       why: What was not understood, as a sentence.
@@ -41,6 +42,7 @@ class Site:
     scale: float | None = None
     softcap: float | None = None
     values: tuple[str, ...] = ()
+    inputs: tuple[int, ...] = ()
     order: tuple[int, ...] = ()
     why: str = ""
 
