@@ -2,10 +2,12 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xviz_jax import cli
+from xviz_jax import cli, doctor, tracing
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +78,52 @@ def test_help_and_bad_commands(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["nonsense"])
     assert stopped.value.code == 2
+
+
+TABLE = np.random.default_rng(0).standard_normal((9, 4), np.float32)
+
+
+def token_model(tokens):
+    """A model that the doctor imports by name."""
+    rows = jnp.asarray(TABLE)[tokens]
+    seen = jnp.tri(len(tokens), dtype=bool)
+    scores = jnp.where(seen, rows @ rows.T, -jnp.inf)
+    return (jax.nn.softmax(scores) @ rows)[-1]
+
+
+def test_doctor_on_the_embedded_model(capsys):
+    assert cli.main(["doctor", "--model", "embedded"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("attention") >= 4
+    assert "works" in said
+
+
+def test_doctor_advises_on_tokens():
+    model, known = doctor.find_model("tests.test_cli:token_model")
+    assert known == ()
+    args = (doctor.parse_input("int32[6]"),)
+    sites = tracing.sites(model, *args)
+    assert [s.causal for s in sites if s.kind == "attention"] == [True]
+    told = doctor.advice(sites, args)
+    assert told["attention_rollout"] == "works"
+    assert told["integrated_gradients"] == "works, with one score for each token"
+    none = doctor.advice(tracing.sites(lambda x: x, *args), args)
+    assert "no attention to explain" in none["attention_rollout"]
+    assert "look up no embedding" in none["saliency"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere"], "`embedded` or `module:function`, got 'nowhere'"),
+        (["nowhere:f"], "cannot be imported"),
+        (["math:absent"], "cannot be imported"),
+        (["math:pi"], "is not a function"),
+        (["math:sin"], "pass --input"),
+        (["math:sin", "--input", "28"], "written like float32[28,28], got '28'"),
+        (["math:sin", "--input", "floaty[2]"], "no dtype 'floaty'"),
+    ],
+)
+def test_doctor_refuses(arguments, said, capsys):
+    assert cli.main(["doctor", "--model", *arguments]) == 2
+    assert said in capsys.readouterr().err

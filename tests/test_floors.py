@@ -17,7 +17,8 @@ FLOORS = {
     "models": set(),
     "plotting": {"attribution"},
     "demo": {"attention", "attribution", "batch", "gradients", "models", "plotting"},
-    "cli": {"demo", "_version"},
+    "doctor": {"attention", "models", "tracing"},
+    "cli": {"demo", "doctor", "_version"},
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: `xviz-jax demo`."""
+"""The command line: `xviz-jax demo | doctor`."""
 
 import argparse
 import sys
@@ -34,10 +34,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument(
         "--overwrite", action="store_true", help="allow a folder that is not empty"
     )
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what can be seen inside a model, and which methods work",
+        description="Traces a model, without running it, and prints its sites.",
+    )
+    doctor.add_argument("--model", required=True, help="embedded, or module:function")
+    doctor.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="DTYPE[SHAPE]",
+        help="one for each argument, such as float32[28,28]",
+    )
     arguments = parser.parse_args(argv)
+    return {"demo": _demo, "doctor": _doctor}[arguments.command](arguments)
 
+
+def _demo(arguments: argparse.Namespace) -> int:
     # Imports the model and matplotlib, which `--help` need not wait for.
-    from xviz_jax import demo as main_job
+    from xviz_jax import demo
 
     options = {
         "limit": arguments.limit,
@@ -47,11 +63,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         "overwrite": arguments.overwrite,
     }
     try:
-        main_job.check(arguments.out, **options)
+        demo.check(arguments.out, **options)
     except ValueError as error:
         print(f"xviz-jax demo: {error}", file=sys.stderr)
         return 2
-    main_job.run(arguments.out, seed=arguments.seed, **options)
+    demo.run(arguments.out, seed=arguments.seed, **options)
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from xviz_jax import doctor
+
+    # A model beside the reader's own files, as `python -m` would find it.
+    sys.path.insert(0, "")
+    try:
+        model, known = doctor.find_model(arguments.model)
+        args = tuple(map(doctor.parse_input, arguments.input)) or known
+        if not args:
+            raise ValueError("pass --input for each argument of the model")
+    except ValueError as error:
+        print(f"xviz-jax doctor: {error}", file=sys.stderr)
+        return 2
+    doctor.report(model, args, Console())
     return 0
 
 
