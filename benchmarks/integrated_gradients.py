@@ -52,9 +52,10 @@ def passes(forward, steps: int, chunk: int):
     def one(parameters, image):
         def turn(total, shift):
             points = image + shift
-            return total + jax.vmap(jax.grad(scalar), (0, None))(
-                points, parameters
-            ).sum(axis=0), None
+            if chunk == 1:
+                return total + jax.grad(scalar)(points[0], parameters), None
+            gradients = jax.vmap(jax.grad(scalar), (0, None))(points, parameters)
+            return total + gradients.sum(axis=0), None
 
         shifts = jnp.linspace(0, 1e-3, steps).reshape(-1, chunk, 1, 1)
         return jax.lax.scan(turn, jnp.zeros_like(image), shifts)[0]

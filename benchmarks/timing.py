@@ -86,4 +86,5 @@ def report(title: str, command: str, pairs: Sequence[Pair], *, save: bool) -> No
         before, _, rest = text.partition(f"## {title}\n")
         _, found, after = rest.partition("\n## ")
         kept = f"\n## {after}" if found else ""
-        RESULTS.write_text(before + "\n".join(lines) + kept)
+        whole = f"{before.rstrip()}\n\n" + "\n".join(lines) + kept
+        RESULTS.write_text(whole.rstrip() + "\n")

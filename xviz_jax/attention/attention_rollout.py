@@ -106,15 +106,11 @@ def _one_hot(query: int | jax.Array, length: int) -> jax.Array:
 def _step(
     row: jax.Array, probabilities: jax.Array, heads: str, residual: float
 ) -> jax.Array:
-    """One layer: a row [length] times the fused map [length, length].
-
-    The mean over heads is linear, so each head's product is taken first and no
-    fused map is made. Its rows sum to one, and adding the identity keeps that.
-    """
-    if heads == "mean":
-        mixed = jnp.mean(jnp.einsum("q,hqk->hk", row, probabilities), axis=0)
-        return residual * row + (1 - residual) * mixed
+    """One layer: a row [length] times the fused map [length, length]."""
     fused = _FUSIONS[heads](probabilities, axis=0)
+    if heads == "mean":
+        # Its rows sum to one, and still do once the identity is mixed in.
+        return residual * row + (1 - residual) * (row @ fused)
     total = residual + (1 - residual) * jnp.sum(fused, axis=-1)
     share = row / jnp.where(total > 0, total, 1)
     return residual * share + (1 - residual) * (share @ fused)
