@@ -8,6 +8,7 @@ import pytest
 import xviz_jax as xv
 from tests.contract.table import LENGTH, example, parameters, transformer
 from xviz_jax import tracing
+from xviz_jax.attention.layers import self_attention_sites
 
 WEIGHTS = parameters()
 
@@ -163,6 +164,15 @@ def test_cross_attention_is_refused():
 
     with pytest.raises(ValueError, match="2 queries and 5 keys"):
         xv.attention_rollout(cross)(example())
+
+
+def test_sealed_and_unknown_attention_is_refused():
+    sealed = tracing.Site("splash", "attention", shape=(1, 1, 5, 5), why="no mask")
+    with pytest.raises(ValueError, match="'splash' cannot be read: no mask"):
+        self_attention_sites([sealed])
+    unknown = tracing.Site("kernel", "unknown", why="no signature")
+    with pytest.raises(ValueError, match="not understood: 'kernel': no signature"):
+        self_attention_sites([unknown])
 
 
 def test_batches_are_refused():

@@ -27,6 +27,10 @@ def self_attention_sites(sites: Sequence[Site]) -> tuple[Site, ...]:
             f"the model has no attention to explain; tracing found {', '.join(kinds)}"
         )
     for site in found:
+        if "probabilities" not in site.values:
+            raise ValueError(
+                f"the probabilities of {site.name!r} cannot be read: {site.why}"
+            )
         batch, _, query, key = site.shape[len(site.loops) :]
         if batch != 1:
             raise ValueError(
