@@ -1,6 +1,7 @@
 """The main job from the command line, on a few images."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +37,11 @@ def test_what_the_demo_writes(done):
     assert summary["methods"]["attention_rollout"]["inputs_per_second"] > 0
 
 
-def test_a_second_run_asks_for_overwrite(done, capsys):
-    out, arguments = done
+def test_a_second_run_asks_for_overwrite(done, tmp_path, capsys):
+    # In a copy: tests of one file may run in any order.
+    out, arguments = tmp_path / "again", [*done[1]]
+    shutil.copytree(done[0], out)
+    arguments[arguments.index("--out") + 1] = str(out)
     before = (out / "summary.json").read_bytes()
     assert cli.main(arguments) == 2
     assert "not empty; pass --overwrite" in capsys.readouterr().err
