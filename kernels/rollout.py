@@ -1,7 +1,7 @@
 """What the rollouts share: a stack of attention layers and its residual connection."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +16,22 @@ from xviz_jax.kernels.attention_map import (
 )
 from xviz_jax.kernels.dispatch import Implementation, run
 
-Residual = Literal["half", "add", "normalize", "none"]
+Residual = Literal["half", "add", "normalize", "none"] | float
 Stack = ArrayLike | Sequence[ArrayLike]
 
-# A-hat = kept * I + mixed * F; "normalize" then divides each row by its sum.
-_KEPT_AND_MIXED = {
-    "half": (0.5, 0.5),
-    "add": (1.0, 1.0),
-    "normalize": (1.0, 1.0),
-    "none": (0.0, 1.0),
-}
+_NAMED = ("half", "add", "normalize", "none")
+
+
+def _kept_and_mixed(residual: Residual) -> tuple[float, float]:
+    """The factors in kept * I + mixed * F."""
+    if isinstance(residual, str) and residual in _NAMED:
+        return {"add": (1.0, 1.0), "none": (0.0, 1.0)}.get(residual, (0.5, 0.5))
+    number = isinstance(residual, int | float) and not isinstance(residual, bool)
+    if not number or not 0 <= residual <= 1:
+        raise ValueError(
+            f"residual wants one of {_NAMED} or a weight from 0 to 1, got {residual!r}"
+        )
+    return float(residual), 1.0 - float(residual)
 
 
 class Layers:
@@ -41,6 +47,7 @@ class Layers:
         ks: Stack,
         *,
         residual: Residual,
+        normalize: bool,
         discard_ratio: float,
         implementation: Implementation | None,
         per_layer: Sequence[Mapping[str, Any]] | None,
@@ -48,10 +55,8 @@ class Layers:
         options: Mapping[str, Any],
     ):
         """Checks the arguments of `rollout_rows` that concern all layers at once."""
-        if residual not in get_args(Residual):
-            raise ValueError(
-                f"residual wants one of {get_args(Residual)}, got {residual!r}"
-            )
+        self._kept, self._mixed = _kept_and_mixed(residual)
+        self._normalize = bool(normalize) or residual == "normalize"
         if not 0 <= discard_ratio < 1:
             raise ValueError(
                 f"discard_ratio wants to lie in [0, 1), got {discard_ratio!r}"
@@ -61,7 +66,6 @@ class Layers:
         self._stacks = {"q": qs, "k": ks} | {
             name: stack for name, stack in stacks.items() if stack is not None
         }
-        self._residual = residual
         self._discard_ratio = discard_ratio
         self._implementation = implementation
         self._options = dict(options)
@@ -124,21 +128,30 @@ class Layers:
 
     def add_residual(self, kept: jax.Array, mixed: jax.Array) -> jax.Array:
         """Adds what the residual connection keeps to what attention mixes."""
-        a, b = _KEPT_AND_MIXED[self._residual]
-        return a * kept + b * mixed
+        return self._kept * kept + self._mixed * mixed
 
     def scale_rows(self, r: jax.Array, attention: AttentionMap) -> jax.Array:
-        """`r` `[B, M, N]` over the row sums of I + F, if the residual says so."""
-        if self._residual != "normalize":
+        """`r` `[B, M, N]` over the row sums of a layer, if rows are normalised."""
+        if not self._normalize:
             return r
         sums = self._row_sums(drop_unused_queries(r, attention))
-        return r / (1.0 + sums)[:, None]
+        return r / self._total(sums)[:, None]
 
-    def normalize_rows(self, rows: jax.Array) -> jax.Array:
-        """Rows of I + F `[..., N]` divided by their sums, if the residual says so."""
-        if self._residual != "normalize":
+    def normalize_rows(self, rows: jax.Array, fused: jax.Array) -> jax.Array:
+        """Rows `[..., N]` over their sums, if they are normalised.
+
+        Args:
+          rows: Rows of a product whose first factor is this layer.
+          fused: The same rows of F.
+        """
+        if not self._normalize:
             return rows
-        return rows / rows.sum(-1, keepdims=True)
+        return rows / self._total(fused.sum(-1, keepdims=True))
+
+    def _total(self, sums: jax.Array) -> jax.Array:
+        total = self._kept + self._mixed * sums
+        # A row of nothing stays one.
+        return jnp.where(total == 0, 1, total)
 
     @property
     def _plain_implementation(self):

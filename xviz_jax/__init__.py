@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from xviz_jax import tracing as tracing
 from xviz_jax._version import __version__ as __version__
+from xviz_jax.attention import attention_relevance as attention_relevance
 from xviz_jax.attention import attention_rollout as attention_rollout
 from xviz_jax.attribution import Attribution as Attribution
 from xviz_jax.attribution import single as single

@@ -71,7 +71,7 @@ def advice(sites: Sequence[Site], args: Sequence[Any]) -> dict[str, str]:
     """
     attention = "works"
     try:
-        layers.self_attention_sites(sites)
+        layers.self_attention(sites)
     except ValueError as error:
         attention = f"no: {error}"
     gradients = "works"

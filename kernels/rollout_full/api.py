@@ -22,6 +22,7 @@ def rollout_full(
     ks: Stack,
     *,
     residual: Residual = "half",
+    normalize: bool = False,
     relevance: Relevance = "attention",
     head_fusion: HeadFusion = "mean",
     discard_ratio: float = 0.0,
@@ -29,6 +30,9 @@ def rollout_full(
     douts: Stack | None = None,
     lses: Stack | None = None,
     head_weights: Stack | None = None,
+    key_masks: Stack | None = None,
+    masks: Stack | None = None,
+    biases: Stack | None = None,
     per_layer: Sequence[Mapping[str, Any]] | None = None,
     implementation: dispatch.Implementation | None = None,
     config: Mapping[str, int] | None = None,
@@ -45,7 +49,8 @@ def rollout_full(
     Args:
       qs: queries of every layer; see `rollout_rows`.
       ks: keys of every layer.
-      residual: "half", "add", "normalize" or "none".
+      residual: "half", "add", "normalize", "none" or a weight.
+      normalize: divide the rows of each A by their sums.
       relevance: how a probability counts.
       head_fusion: how heads become one matrix.
       discard_ratio: the fraction of the entries of each F, the lowest, to zero.
@@ -53,6 +58,9 @@ def rollout_full(
       douts: cotangents of the attention outputs, for a gradient relevance.
       lses: `attention_lse` of every layer, if known.
       head_weights: `[L, H]` or `[L, *batch, H]`, for head_fusion="weighted".
+      key_masks: `key_mask` of every layer, where the layers have their own.
+      masks: `mask` of every layer.
+      biases: `bias` of every layer.
       per_layer: options of single layers of a sequence.
       implementation: "reference", "xla", or None to choose.
       config: block sizes of the fused matrices.
@@ -75,10 +83,19 @@ def rollout_full(
         qs,
         ks,
         residual=residual,
+        normalize=normalize,
         discard_ratio=discard_ratio,
         implementation=implementation,
         per_layer=per_layer,
-        stacks=dict(v=vs, dout=douts, lse=lses, head_weights=head_weights),
+        stacks={
+            "v": vs,
+            "dout": douts,
+            "lse": lses,
+            "head_weights": head_weights,
+            "key_mask": key_masks,
+            "mask": masks,
+            "bias": biases,
+        },
         options=dict(relevance=relevance, head_fusion=head_fusion, **scoring),
     )
 
@@ -90,13 +107,11 @@ def rollout_full(
     def step(product: jax.Array, attention: AttentionMap) -> jax.Array:
         f = fused(attention)
         mixed = jnp.matmul(f, product, precision="highest")
-        out = layers.add_residual(product, mixed)
-        if residual == "normalize":
-            out = out / (1.0 + f.sum(-1, keepdims=True))
-        return out
+        return layers.normalize_rows(layers.add_residual(product, mixed), f)
 
     first = layers[0]
     eye = jnp.eye(first.q.shape[1], dtype=first.dtype)[None]
-    out = layers.normalize_rows(layers.add_residual(eye, fused(first)))
+    f = fused(first)
+    out = layers.normalize_rows(layers.add_residual(eye, f), f)
     out = layers.fold(step, out, range(1, layers.count))
     return out.reshape(*first.batch, *out.shape[1:])

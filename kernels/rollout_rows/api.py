@@ -28,6 +28,7 @@ def rollout_rows(
     rows: ArrayLike | Sequence[int],
     *,
     residual: Residual = "half",
+    normalize: bool = False,
     relevance: Relevance = "attention",
     head_fusion: HeadFusion = "mean",
     discard_ratio: float = 0.0,
@@ -35,6 +36,9 @@ def rollout_rows(
     douts: Stack | None = None,
     lses: Stack | None = None,
     head_weights: Stack | None = None,
+    key_masks: Stack | None = None,
+    masks: Stack | None = None,
+    biases: Stack | None = None,
     per_layer: Sequence[Mapping[str, Any]] | None = None,
     precision: Literal["default", "fast"] = "default",
     implementation: dispatch.Implementation | None = None,
@@ -63,7 +67,8 @@ def rollout_rows(
         the rows, which costs a full pass in the last layer too.
       residual: "half", A = (I + F) / 2; "add", A = I + F; "normalize", the rows of
         I + F divided by their sums, equal to "half" where F's rows sum to one;
-        "none", A = F.
+        "none", A = F; or a number w from 0 to 1, A = w I + (1 - w) F.
+      normalize: divide the rows of each A by their sums.
       relevance: how a probability counts; see `RelevanceOptions`.
       head_fusion: how heads become one matrix; see `RelevanceOptions`.
       discard_ratio: the fraction of the entries of each F, the lowest, to zero.
@@ -71,6 +76,9 @@ def rollout_rows(
       douts: cotangents of the attention outputs, `[L, *batch, N, H, d_v]`.
       lses: their `attention_lse`, `[L, *batch, H, N]`, if known.
       head_weights: `[L, H]` or `[L, *batch, H]`, for head_fusion="weighted".
+      key_masks: `key_mask` of every layer, where the layers have their own.
+      masks: `mask` of every layer.
+      biases: `bias` of every layer.
       per_layer: options of single layers of a sequence, such as `{"window": ...}`.
       precision: see `attention_row_product`.
       implementation: of the row products.
@@ -99,10 +107,19 @@ def rollout_rows(
         qs,
         ks,
         residual=residual,
+        normalize=normalize,
         discard_ratio=discard_ratio,
         implementation=implementation,
         per_layer=per_layer,
-        stacks=dict(v=vs, dout=douts, lse=lses, head_weights=head_weights),
+        stacks={
+            "v": vs,
+            "dout": douts,
+            "lse": lses,
+            "head_weights": head_weights,
+            "key_mask": key_masks,
+            "mask": masks,
+            "bias": biases,
+        },
         options=dict(relevance=relevance, head_fusion=head_fusion, **scoring),
     )
 
@@ -140,7 +157,7 @@ def _last_layer(layers, last, rows, implementation):
         only,
         config=None,
     )
-    return layers.normalize_rows(layers.add_residual(eye, fused))
+    return layers.normalize_rows(layers.add_residual(eye, fused), fused)
 
 
 def _check_rows(rows, attention):

@@ -8,13 +8,20 @@ import pytest
 import xviz_jax as xv
 from tests.contract.table import LENGTH, example, parameters, transformer
 from xviz_jax import tracing
-from xviz_jax.attention.layers import self_attention_sites
+from xviz_jax.attention import layers
 
 WEIGHTS = parameters()
 
 
 def model(x):
     return transformer(WEIGHTS, x)
+
+
+@pytest.fixture(params=["maps", "tiles"])
+def way(request, monkeypatch):
+    """Small maps are read as they are; made again from q and k otherwise."""
+    if request.param == "tiles":
+        monkeypatch.setattr(layers, "_SMALL_MAP", 0)
 
 
 def maps(x):
@@ -34,10 +41,10 @@ def maps(x):
     return found
 
 
-def rollout(layers, heads, residual, start):
+def rollout(found, heads, residual, start):
     """The whole product, as the paper writes it."""
-    product = np.eye(layers[0].shape[-1])
-    for layer in layers[start:]:
+    product = np.eye(found[0].shape[-1])
+    for layer in found[start:]:
         fused = getattr(np, heads)(layer, axis=0)
         mixed = residual * np.eye(len(fused)) + (1 - residual) * fused
         product = mixed / mixed.sum(axis=-1, keepdims=True) @ product
@@ -47,6 +54,7 @@ def rollout(layers, heads, residual, start):
 @pytest.mark.parametrize("heads", ["mean", "max", "min"])
 @pytest.mark.parametrize("residual", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("start", [0, 1])
+@pytest.mark.usefixtures("way")
 def test_every_row_of_the_float64_product(heads, residual, start):
     x = example()
     expected = rollout(maps(x), heads, residual, start)
@@ -65,6 +73,7 @@ def test_every_row_of_the_float64_product(heads, residual, start):
     )
 
 
+@pytest.mark.usefixtures("way")
 def test_two_layers_by_hand():
     """Maps [[3/4, 1/4], [1/2, 1/2]], then [[1/2, 1/2], [0, 1]], half residual.
 
@@ -85,6 +94,7 @@ def test_two_layers_by_hand():
     np.testing.assert_allclose(attribution.scores, [23 / 32, 9 / 32], rtol=1e-6)
 
 
+@pytest.mark.usefixtures("way")
 def test_layers_in_a_scan_are_layers():
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *WEIGHTS[:-1])
 
@@ -103,6 +113,7 @@ def test_layers_in_a_scan_are_layers():
     np.testing.assert_allclose(looped.scores, plain.scores, atol=1e-6)
 
 
+@pytest.mark.usefixtures("way")
 def test_two_sites_in_one_loop_run_turn_by_turn():
     keys = jax.random.split(jax.random.key(0), 6).reshape(3, 2)
 
@@ -127,11 +138,13 @@ def test_two_sites_in_one_loop_run_turn_by_turn():
     )
 
 
+@pytest.mark.usefixtures("way")
 def test_identity_residual_keeps_the_row():
     explain = xv.attention_rollout(model, query=2, residual=1.0)
     assert explain(example()).scores.tolist() == [0, 0, 1, 0, 0]
 
 
+@pytest.mark.usefixtures("way")
 def test_a_position_outside_is_not_a_number():
     outside = jax.jit(lambda q: xv.attention_rollout(model, query=q)(example()))
     assert np.all(np.isnan(outside(LENGTH).scores))
@@ -169,10 +182,10 @@ def test_cross_attention_is_refused():
 def test_sealed_and_unknown_attention_is_refused():
     sealed = tracing.Site("splash", "attention", shape=(1, 1, 5, 5), why="no mask")
     with pytest.raises(ValueError, match="'splash' cannot be read: no mask"):
-        self_attention_sites([sealed])
+        layers.self_attention([sealed])
     unknown = tracing.Site("kernel", "unknown", why="no signature")
     with pytest.raises(ValueError, match="not understood: 'kernel': no signature"):
-        self_attention_sites([unknown])
+        layers.self_attention([unknown])
 
 
 def test_batches_are_refused():

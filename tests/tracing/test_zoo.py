@@ -136,8 +136,38 @@ def test_sites(case):
     assert len(set(names)) == len(names)
 
 
+def made_again(site, values):
+    """Probabilities from query and key and from what is known of their scores."""
+    query, key = (np.asarray(values[n], np.float64) for n in ("query", "key"))
+    key = key.repeat(query.shape[-2] // key.shape[-2], axis=-2)
+    scores = np.einsum("...qhd,...khd->...hqk", query, key) * site.scale
+    if site.softcap is not None:
+        scores = site.softcap * np.tanh(scores / site.softcap)
+    if "bias" in values:
+        scores = scores + np.asarray(values["bias"], np.float64)
+    length = scores.shape[-1]
+    rows = np.arange(scores.shape[-2])
+    if site.turns[-1:] == ("queries",):
+        rows = rows + len(rows) * np.arange(site.loops[-1])[:, None]
+    rows = rows + length - rows.size
+    gap = rows[..., None] - np.arange(length)
+    if rows.ndim == 2:
+        gap = gap[:, None, None]
+    left, right = site.window or (None, None)
+    seen = np.ones(gap.shape, bool)
+    seen &= (gap >= 0) if site.causal else True
+    seen &= (gap <= left) if left is not None else True
+    seen &= (-gap <= right) if right is not None else True
+    seen = seen & np.asarray(values.get("remaining_mask", True))
+    scores = np.where(seen, scores, -1e30)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
 def test_capture(case):
-    output, values = run(tracing.capture(case.model), case.args)
+    """Also: where a scale is known, query and key and masks tell everything."""
+    names = ("probabilities", "query", "key", "bias", "remaining_mask")
+    output, values = run(tracing.capture(case.model, names), case.args)
     model = plain(case)
     assert jax.tree.structure(output) == jax.tree.structure(model)
     for a, b in zip(jax.tree.leaves(output), jax.tree.leaves(model), strict=True):
@@ -148,8 +178,14 @@ def test_capture(case):
             assert_close(a, b, case.tolerance)
     assert set(values) == {site.name for site in found(case)}
     for site, a in zip(found(case), expected(case)["maps"], strict=True):
-        assert set(values[site.name]) == {"probabilities"}
+        assert set(values[site.name]) == {"probabilities"} | (
+            set(names) & set(site.values)
+        )
         assert_close(values[site.name]["probabilities"], a, case.tolerance)
+        if site.scale is not None and site.kind == "attention":
+            again = made_again(site, values[site.name])
+            reached = np.asarray(a).any(axis=-1, keepdims=True)
+            assert_close(again * reached, a, max(case.tolerance, 1e-4))
 
 
 def test_perturb(case):

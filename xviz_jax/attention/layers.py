@@ -1,15 +1,92 @@
-"""A model's self-attention as a list of layers, in the order they run."""
+"""A model's self-attention as a list of layers.
 
+A layer is kept as queries and keys, from which its map is made again tile by tile,
+unless the map is small, or is more than a softmax of their product.
+"""
+
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from xviz_jax import tracing
 from xviz_jax.tracing import Site
+from xviz_jax.tracing.program import trace
+from xviz_jax.tracing.transforms import read, read_cotangents
+
+# A map of this size is read as the model made it: it fits a cache, and making it
+# again costs more than keeping it.
+_SMALL_MAP = 8 * 2**20
+_TILED = ("query", "key", "bias", "remaining_mask")
+_ALONG_QUERIES = {"query": -3, "output": -3, "output_cotangent": -3}
 
 
-def self_attention_sites(sites: Sequence[Site]) -> tuple[Site, ...]:
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer of self-attention, or several alike that a loop runs.
+
+    Attributes:
+      site: Where it is.
+      count: How many layers; None for one, whose arrays have no layer axis.
+      values: Its arrays by name, `[count, ...]` or `[1, ...]` where all layers have
+        the same, laid out as `tracing.capture` gives them.
+    """
+
+    site: Site
+    count: int | None
+    values: dict[str, jax.Array]
+
+    @property
+    def length(self) -> int:
+        """How many layers."""
+        return 1 if self.count is None else self.count
+
+    def since(self, start: int) -> "Layer":
+        """Without the first `start` of several."""
+        if self.count is None or start <= 0:
+            return self
+        values = {
+            name: array[start:] if len(array) == self.count else array
+            for name, array in self.values.items()
+        }
+        return dataclasses.replace(self, count=self.count - start, values=values)
+
+
+def capture(
+    model: Callable,
+    args: Sequence[Any],
+    scalar: Callable[[jax.Array], jax.Array] | None = None,
+) -> tuple[jax.Array, list[Layer]]:
+    """Runs a model and reads its self-attention.
+
+    Args:
+      model: Maps one example to logits.
+      args: Its positional arguments.
+      scalar: If given, its gradient at the attention is read as well, in one
+        forward and one backward pass.
+
+    Returns:
+      The model's output, and its layers in the order they run.
+
+    Raises:
+      ValueError: As `self_attention`.
+    """
+    program = trace(model, tuple(args), {})
+    sites = self_attention(program.sites)
+    if scalar is None:
+        wanted = {site.name: _to_read(site) for site in sites}
+        output, found = read(program, wanted, once=True)
+    else:
+        wanted = {
+            site.name: ("value", *(_TILED if _is_tiled(site) else ("probabilities",)))
+            for site in sites
+        }
+        output, found = read_cotangents(program, scalar, wanted, once=True)
+    return output, _in_order(sites, found)
+
+
+def self_attention(sites: Sequence[Site]) -> tuple[Site, ...]:
     """The sites that an attention method for one sequence can use.
 
     Raises:
@@ -26,50 +103,93 @@ def self_attention_sites(sites: Sequence[Site]) -> tuple[Site, ...]:
         raise ValueError(
             f"the model has no attention to explain; tracing found {', '.join(kinds)}"
         )
+    length = found[0].shape[-1]
     for site in found:
-        if "probabilities" not in site.values:
-            raise ValueError(
-                f"the probabilities of {site.name!r} cannot be read: {site.why}"
-            )
-        batch, _, query, key = site.shape[len(site.loops) :]
-        if batch != 1:
-            raise ValueError(
-                f"{site.name!r} has a batch of {batch}; a model takes one example "
-                "here: use `xv.single`, and `jax.vmap` for a batch"
-            )
-        if query != key or key != found[0].shape[-1]:
-            raise ValueError(
-                f"{site.name!r} has {query} queries and {key} keys; this method takes "
-                f"self-attention over one sequence, here of {found[0].shape[-1]}"
-            )
+        _check(site, length)
     return found
 
 
-def in_order(sites: Sequence[Site], captured: dict[str, dict[str, Any]], value: str):
-    """A value of each layer, in the order the layers run.
+def _check(site: Site, length: int) -> None:
+    if "probabilities" not in site.values and site.scale is None:
+        raise ValueError(
+            f"the probabilities of {site.name!r} cannot be read: {site.why}"
+        )
+    around = site.turns[:-1] if _is_chunked(site) else site.turns
+    if not set(around) <= {"layers", "reversed"}:
+        raise ValueError(
+            f"{site.name!r} lies in a loop over something else than layers, as heads, "
+            "shards or examples; use `jax.vmap` there"
+        )
+    batch, _, query, key = site.shape[len(site.loops) :]
+    if _is_chunked(site):
+        query *= site.loops[-1]
+    if batch != 1:
+        raise ValueError(
+            f"{site.name!r} has a batch of {batch}; a model takes one example "
+            "here: use `xv.single`, and `jax.vmap` for a batch"
+        )
+    if query != key or key != length:
+        raise ValueError(
+            f"{site.name!r} has {query} queries and {key} keys; this method takes "
+            f"self-attention over one sequence, here of {length}"
+        )
 
-    A loop's layers are its turns; where several sites share a loop, turn by turn.
 
-    Args:
-      sites: Sites of one sequence.
-      captured: As `tracing.capture` returns it.
-      value: Which value of each site.
+def _is_chunked(site: Site) -> bool:
+    return site.turns[-1:] == ("queries",)
 
-    Returns:
-      A list with one array for each layer.
-    """
-    layers: list[tuple[tuple[int, ...], jax.Array]] = []
+
+def _is_tiled(site: Site) -> bool:
+    """Whether queries and keys tell the map."""
+    return site.scale is not None
+
+
+def _to_read(site: Site) -> tuple[str, ...]:
+    _, heads, query, key = site.shape[len(site.loops) :]
+    if _is_chunked(site):
+        query *= site.loops[-1]
+    small = heads * query * key * 4 <= _SMALL_MAP
+    dense = "probabilities" in site.values and (small or not _is_tiled(site))
+    return ("probabilities",) if dense else _TILED
+
+
+def _in_order(sites: Sequence[Site], found: dict[str, dict[str, Any]]) -> list[Layer]:
+    """Layers in the order they run; a loop of one site stays one `Layer`."""
+    placed: list[tuple[tuple[int, ...], Site, int | None]] = []
+    arrays: dict[str, dict[str, jax.Array]] = {}
     for site in sites:
-        array = captured[site.name][value]
-        for turn in _turns(site.loops):
-            layers.append((_place(site, turn), array[turn]))
-    layers.sort(key=lambda layer: layer[0])
-    return [array for _, array in layers]
+        arrays[site.name] = {
+            name: _flat(site, name, array) for name, array in found[site.name].items()
+        }
+        for number, turn in enumerate(_turns(_loops(site))):
+            placed.append((_place(site, turn), site, number if turn else None))
+    placed.sort(key=lambda each: each[0])
+    layers: list[Layer] = []
+    while placed:
+        _, site, number = placed[0]
+        values = arrays[site.name]
+        run = 1
+        while run < len(placed) and placed[run][1] is site:
+            run += 1
+        if number is None:
+            layers.append(Layer(site, None, values))
+            run = 1
+        elif run == len(_turns(_loops(site))):
+            layers.append(Layer(site, run, values))
+        else:
+            # Several sites share a loop: turn by turn.
+            run = 1
+            one = {
+                name: array[number if len(array) > 1 else 0]
+                for name, array in values.items()
+            }
+            layers.append(Layer(site, None, one))
+        placed = placed[run:]
+    return layers
 
 
-def count(sites: Sequence[Site]) -> int:
-    """How many layers the sites make."""
-    return sum(len(_turns(site.loops)) for site in sites)
+def _loops(site: Site) -> tuple[int, ...]:
+    return site.loops[:-1] if _is_chunked(site) else site.loops
 
 
 def _turns(loops: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -81,15 +201,61 @@ def _turns(loops: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 def _place(site: Site, turn: tuple[int, ...]) -> tuple[int, ...]:
     """Sorts by loop, then by turn, then by position within it."""
-    padded = (*(0,) * (len(site.order) - 1 - len(turn)), *turn, 0)
+    forward = len(site.loops) - len(turn)
+    padded = (*(0,) * (len(site.order) - 1 - forward - len(turn)), *turn)
+    padded = (*padded, *(0,) * (forward + 1))
     pairs = zip(site.order, padded, strict=True)
     return tuple(number for pair in pairs for number in pair)
 
 
-def capture(
-    model: Callable, args: Sequence[Any], values: Sequence[str]
-) -> tuple[jax.Array, tuple[Site, ...], dict[str, dict[str, Any]]]:
-    """The model's output, its self-attention sites, and their values."""
-    sites = self_attention_sites(tracing.sites(model, *args))
-    output, captured = tracing.capture(model, values, sites)(*args)
-    return output, sites, captured
+def _flat(site: Site, name: str, array: jax.Array) -> jax.Array:
+    """A site's value with chunks joined and loops as one axis of layers."""
+    if _is_chunked(site):
+        array = _joined(site, name, array)
+    loops = _loops(site)
+    if not loops:
+        return array
+    for axis, kind in enumerate(site.turns[: len(loops)]):
+        if kind == "reversed":
+            array = jnp.flip(array, axis)
+    if any(size != 1 for size in array.shape[: len(loops)]):
+        array = jnp.broadcast_to(array, (*loops, *array.shape[len(loops) :]))
+    count = 1
+    for size in array.shape[: len(loops)]:
+        count *= size
+    return array.reshape(count, *array.shape[len(loops) :])
+
+
+def _joined(site: Site, name: str, array: jax.Array) -> jax.Array:
+    """Chunks of queries, the last of the loop axes, as one axis of queries."""
+    if name in ("key", "value"):
+        return jnp.take(array, 0, axis=len(site.loops) - 1)
+    axis = _ALONG_QUERIES.get(name, -2) + array.ndim
+    loop = len(site.loops) - 1
+    chunks, chunk = site.loops[-1], site.shape[-2]
+    if array.shape[loop] == array.shape[axis] == 1:
+        return jnp.take(array, 0, axis=loop)
+    shape = list(array.shape)
+    shape[loop], shape[axis] = chunks, chunk
+    array = jnp.moveaxis(jnp.broadcast_to(array, shape), loop, axis - 1)
+    shape = list(array.shape)
+    return array.reshape(*shape[: axis - 1], chunks * chunk, *shape[axis + 1 :])
+
+
+def since(layers: Sequence[Layer], start: int) -> list[Layer]:
+    """Without the first `start` layers.
+
+    Raises:
+      ValueError: If none would be left.
+    """
+    depth = sum(layer.length for layer in layers)
+    if not 0 <= start < depth:
+        raise ValueError(
+            f"`start_layer` is from 0 to {depth - 1} for {depth} layers, got {start}"
+        )
+    kept = []
+    for layer in layers:
+        if start < layer.length:
+            kept.append(layer.since(start))
+        start = max(start - layer.length, 0)
+    return kept

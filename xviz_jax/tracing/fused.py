@@ -225,6 +225,9 @@ class FusedValues:
         if self.fused.bias is not None:
             bias = self.fused.bias
             readers["bias"] = lambda: ([bias], self._bias)
+        if self.fused.segments is not None:
+            pair = list(self.fused.segments)
+            readers["remaining_mask"] = lambda: (pair, self._same_segment)
         if self.fused.scale is not None:
             atoms = self._atoms()
             readers["probabilities"] = lambda: (
@@ -298,6 +301,12 @@ class FusedValues:
         bias = get(self.fused.bias)
         return bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
 
+    def _same_segment(self, get: Get) -> jax.Array:
+        """True where query and key lie in one segment, [batch, 1, query, key]."""
+        assert self.fused.segments is not None
+        queries, keys = (get(atom) for atom in self.fused.segments)
+        return queries[:, None, :, None] == keys[:, None, None, :]
+
     def _scores(self, get: Get) -> jax.Array:
         """Masked scores [batch, head, query, key], float32."""
         fused = self.fused
@@ -318,6 +327,5 @@ class FusedValues:
             seen &= gap <= fused.window[0]
         seen = seen[None, None]
         if fused.segments is not None:
-            queries, keys = (get(atom) for atom in fused.segments)
-            seen = seen & (queries[:, None, :, None] == keys[:, None, None, :])
+            seen = seen & self._same_segment(get)
         return jnp.where(seen, scores, _MASKED)

@@ -45,6 +45,8 @@ class Plan:
         self.operands: dict[tuple[Node, int], list[tuple[str, Rewrite]]] = {}
         self.replaced: dict[Node, tuple[str, Callable]] = {}
         self.captures: dict[Body, list[tuple[str, str, Callable[[Get], Any]]]] = {}
+        # What a loop gives once, because it is the same at every turn.
+        self.once: dict[Body, set[tuple[str, str]]] = {}
         self._within: dict[Body, set[str]] = {}
         self._untouched: dict[Node, bool] = {}
 
@@ -245,21 +247,36 @@ class _Run:
         fixed = values[:constants]
 
         def turn(carry, sliced):
-            xs, given = sliced
+            (carry, _), (xs, given) = carry, sliced
             outs, captures = _body(self.plan, body, [*fixed, *carry, *xs], given)
-            return tuple(outs[:carried]), (tuple(outs[carried:]), captures)
+            same = self._same(body, captures)
+            return (tuple(outs[:carried]), same), (tuple(outs[carried:]), captures)
 
-        carry, (stacked, captures) = jax.lax.scan(
-            turn,
-            tuple(values[constants : constants + carried]),
-            (
-                tuple(values[constants + carried :]),
-                self.plan.within(body, self.given),
-            ),
-            **compat.scan_options(node.params),
+        start = tuple(values[constants : constants + carried])
+        sliced = (
+            tuple(values[constants + carried :]),
+            self.plan.within(body, self.given),
+        )
+        same: Captures = {}
+        if self.plan.once.get(body):
+            first = jax.tree.map(lambda leaf: leaf[0], sliced)
+            (_, shapes), _ = jax.eval_shape(turn, (start, {}), first)
+            same = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        (carry, same), (stacked, captures) = jax.lax.scan(
+            turn, (start, same), sliced, **compat.scan_options(node.params)
         )
         self._collect(captures)
+        # The loop's axis stays, with one entry for all turns.
+        self._collect(jax.tree.map(lambda leaf: leaf[None], same))
         return [*carry, *stacked]
+
+    def _same(self, body: Body, captures: Captures) -> Captures:
+        """Takes what is the same at every turn out of `captures`."""
+        same: Captures = {}
+        for name, key in sorted(self.plan.once.get(body, ())):
+            if key in captures.get(name, {}):
+                same.setdefault(name, {})[key] = captures[name].pop(key)
+        return same
 
     def _cond(self, node: Node, values: list[Any]) -> list[Any]:
         index, *operands = values

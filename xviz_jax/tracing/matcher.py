@@ -120,8 +120,11 @@ class Softmax:
     probability: Atom = None
     probability_axes: AxisMap = ()
     combines: list[Combine] = dataclasses.field(default_factory=list)
-    # The normaliser is more than the sum of the exponentials (sinks, plus one).
+    # The exponentials are multiplied by a mask, or the normaliser is more than their
+    # sum (sinks, plus one).
     modified: bool = False
+    # By what exponentials are selected: the mask of their scores, as a rule.
+    selections: list[Atom] = dataclasses.field(default_factory=list)
     # Of a division after the product: the product, the quotient, the quotient's
     # axes with respect to the product's result.
     deferred: tuple[Combine, Atom, AxisMap] | None = None
@@ -417,10 +420,21 @@ class _Finder:
                     self.tags.add(out, kind, source, passed)
 
     def _note_modified(self, node: Node, operand: int, kind: str, source: Any) -> None:
-        if kind == "sum" and node.primitive in ("add", "max", "add_any"):
-            other = node.ins[1 - operand]
-            constant = isinstance(other, Literal)
+        """Notes what keeps query and key from telling the probabilities."""
+        if kind == "exponential" and node.primitive == "select_n" and operand > 0:
+            source.selections.append(node.ins[0])
+        if node.primitive not in ("add", "add_any", "max", "mul"):
+            return
+        other = node.ins[1 - operand]
+        constant = isinstance(other, Literal)
+        if kind == "exponential" and node.primitive == "mul":
+            if not constant and self._is_mask(other):
+                source.modified = True
+        elif kind == "sum" and node.primitive != "mul":
             if not constant or np.max(np.abs(np.float64(other.val))) > _NEGLIGIBLE:
+                source.modified = True
+        elif kind == "log_sum" and node.primitive != "mul":
+            if not constant and not is_maximum(self.graph, other):
                 source.modified = True
 
     def _follow(
@@ -461,6 +475,22 @@ class _Finder:
             atom = node.ins[0]
 
 
+def is_maximum(graph: Graph, atom: Atom) -> bool:
+    """Whether a value is the maximum that a softmax subtracts."""
+    passing = (*_UNCHANGED, *axis_maps.SHAPING, "is_finite", "max", "select_n")
+    waiting, steps = [atom], 0
+    while waiting and steps < 20:
+        steps += 1
+        node = graph.source(waiting.pop())
+        if node is None:
+            continue
+        if node.primitive in ("reduce_max", "pmax"):
+            return True
+        if node.primitive in passing:
+            waiting += node.ins
+    return False
+
+
 def _same_result(graph: Graph, a: Node, b: Node, depth: int = 8) -> bool:
     """Whether two leaves compute the same from the same values."""
     if a is b:
@@ -472,11 +502,12 @@ def _same_result(graph: Graph, a: Node, b: Node, depth: int = 8) -> bool:
     if a.primitive in ("random_bits", "name") or str(a.params) != str(b.params):
         return False
     return all(
-        _same_value(graph, x, y, depth - 1) for x, y in zip(a.ins, b.ins, strict=True)
+        same_value(graph, x, y, depth - 1) for x, y in zip(a.ins, b.ins, strict=True)
     )
 
 
-def _same_value(graph: Graph, x: Atom, y: Atom, depth: int) -> bool:
+def same_value(graph: Graph, x: Atom, y: Atom, depth: int = 8) -> bool:
+    """Whether two values are computed alike from the same."""
     if isinstance(x, Literal) or isinstance(y, Literal):
         both = isinstance(x, Literal) and isinstance(y, Literal)
         return both and bool(np.all(x.val == y.val))

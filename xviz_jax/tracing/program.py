@@ -9,7 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xviz_jax.tracing import activation, compat, fused, masks, matcher, roles, scores
+from xviz_jax.tracing import (
+    activation,
+    compat,
+    fused,
+    loops,
+    masks,
+    matcher,
+    roles,
+    scores,
+)
 from xviz_jax.tracing.activation import ActivationValues
 from xviz_jax.tracing.compat import Literal
 from xviz_jax.tracing.fused import FusedValues
@@ -131,9 +140,9 @@ def _locate(graph: Graph, inputs: dict[int, tuple[str, ...]]) -> tuple[Located, 
     lookups = activation.Lookups(graph)
     found: list[_Found] = []
     for body in graph.bodies():
-        loops, order = _around(body)
+        around, order = _around(body)
         endless = any(b.parent and b.parent.kind == "while" for b in body.ancestry())
-        for node, base, values, site in _sites_of(graph, body, loops, lookups, inputs):
+        for node, base, values, site in _sites_of(graph, body, around, lookups, inputs):
             if any(mark in node.scope for mark in _BACKWARD):
                 continue
             if endless and site.kind in ("named", "block", "embedding"):
@@ -159,7 +168,7 @@ def _locate(graph: Graph, inputs: dict[int, tuple[str, ...]]) -> tuple[Located, 
 def _sites_of(
     graph: Graph,
     body: Body,
-    loops: tuple[int, ...],
+    around: tuple[int, ...],
     lookups: activation.Lookups,
     inputs: dict[int, tuple[str, ...]],
 ) -> Iterator[tuple[Node, str, Values, Site]]:
@@ -169,7 +178,7 @@ def _sites_of(
         reading = roles.read(graph, softmax)
         if reading is None:
             if roles.is_unnormalised(graph, softmax):
-                site = Site("", "unknown", loops, why=_UNNORMALISED)
+                site = Site("", "unknown", around, why=_UNNORMALISED)
                 yield (
                     softmax.node,
                     _scope_name(softmax.node.scope),
@@ -183,51 +192,59 @@ def _sites_of(
             base = _parameter_name(graph, reading, inputs)
         read = scores.read(graph, reading.softmax, reading.product)
         values = AttentionValues(graph, reading, read)
-        yield node, base, values, _attention_site(graph, loops, values)
+        yield node, base, values, _attention_site(graph, body, around, values)
         stream = activation.block_input(graph, values)
         if stream is not None and stream not in blocks:
             blocks.add(stream)
-            site = _activation_site(graph, "block", stream, loops)
+            site = _activation_site(graph, "block", stream, around)
             at = graph.producer.get(stream, reading.softmax.node)
             block = ActivationValues(graph, stream)
             yield at, f"{base}/block" if base else "block", block, site
     for kernel in fused.find(graph, body):
         if isinstance(kernel, Node):
             why = "a Pallas kernel that may be attention has no known signature"
-            site = Site("", "unknown", loops, why=why)
+            site = Site("", "unknown", around, why=why)
             yield kernel, _scope_name(kernel.scope), UnknownValues(), site
         else:
             values = FusedValues(graph, kernel)
-            site = _fused_site(loops, kernel, values)
+            site = _fused_site(graph, body, around, kernel, values)
             yield kernel.node, _scope_name(kernel.node.scope), values, site
     for node in lookups.of(body):
         base = _scope_name(node.scope) or _table_name(graph, node, inputs)
         rows = lookups.rows(node)
-        site = _activation_site(graph, "embedding", rows, loops)
+        site = _activation_site(graph, "embedding", rows, around)
         site = dataclasses.replace(site, inputs=lookups.inputs(node))
         yield node, base, ActivationValues(graph, rows), site
     for node, base in activation.named(body):
-        site = _activation_site(graph, "named", node.outs[0], loops)
+        site = _activation_site(graph, "named", node.outs[0], around)
         yield node, base, ActivationValues(graph, node.outs[0]), site
 
 
 def _around(body: Body) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Lengths of the loops around a body, and positions of all that is around it."""
-    loops, order = [], []
+    lengths, order = [], []
     for each in body.ancestry()[1:]:
         node = each.parent
         assert node is not None
         order.append(node.index)
         if node.kind == "scan":
-            loops.append(node.params["length"])
+            lengths.append(node.params["length"])
         elif node.kind == "shard_map":
-            loops.append(compat.shard_count(node.params))
-    return tuple(loops), tuple(order)
+            lengths.append(compat.shard_count(node.params))
+    return tuple(lengths), tuple(order)
 
 
-def _attention_site(graph: Graph, loops, values: AttentionValues) -> Site:
+def _attention_site(graph: Graph, body: Body, around, values: AttentionValues) -> Site:
     reading, read = values.reading, values.scores
     notes = list(reading.notes)
+    product = reading.product
+    turns = (loops.PARALLEL,) * len(around)
+    if product is not None:
+        operands = (product.query, product.key, reading.combine.value)
+        turns = loops.turns(graph, body, *operands)
+    chunked = turns[-1:] == (loops.QUERIES,)
+    sight = masks.sight(graph, body, reading, read, chunked)
+    values.rest = sight.rest
     available = []
     for which, function in values.readers().items():
         try:
@@ -238,14 +255,14 @@ def _attention_site(graph: Graph, loops, values: AttentionValues) -> Site:
     if reading.kind == "attention" and read.why:
         notes.append(read.why)
     known = read.scale is not None and {"query", "key"} <= set(available)
-    causal, window = masks.causality(graph, reading, read)
     return Site(
         "",
         reading.kind,
-        loops,
-        (*loops, *reading.canonical_shape()),
-        causal=causal,
-        window=window,
+        around,
+        shape=(*around, *reading.canonical_shape()),
+        turns=turns,
+        causal=sight.causal,
+        window=sight.window,
         scale=read.scale if known else None,
         softcap=read.softcap if known else None,
         values=tuple(available),
@@ -253,12 +270,15 @@ def _attention_site(graph: Graph, loops, values: AttentionValues) -> Site:
     )
 
 
-def _fused_site(loops, kernel: fused.Fused, values: FusedValues) -> Site:
+def _fused_site(
+    graph: Graph, body: Body, around, kernel: fused.Fused, values: FusedValues
+) -> Site:
     return Site(
         "",
         "attention",
-        loops,
-        (*loops, *values.canonical_shape()),
+        around,
+        shape=(*around, *values.canonical_shape()),
+        turns=loops.turns(graph, body, *kernel.operands),
         causal=kernel.causal,
         window=kernel.window,
         scale=None if kernel.why else kernel.scale,
@@ -267,9 +287,9 @@ def _fused_site(loops, kernel: fused.Fused, values: FusedValues) -> Site:
     )
 
 
-def _activation_site(graph: Graph, kind: str, atom: int, loops) -> Site:
-    shape = (*loops, *graph.shape(atom))
-    return Site("", kind, loops, shape, values=("activation",))
+def _activation_site(graph: Graph, kind: str, atom: int, around) -> Site:
+    shape = (*around, *graph.shape(atom))
+    return Site("", kind, around, shape=shape, values=("activation",))
 
 
 def _scope_name(scope: str) -> str:

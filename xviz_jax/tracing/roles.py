@@ -333,12 +333,24 @@ def origin(graph: Graph, atom: Atom, axis: int) -> tuple[Atom, int]:
     for _ in range(_LONGEST_WALK):
         node = graph.source(atom)
         if node is None:
-            break
-        step = _step_back(graph, node, atom, axis)
+            step = _step_out(graph, atom, axis)
+        else:
+            step = _step_back(graph, node, atom, axis)
         if step is None:
             break
         atom, axis = step
     return atom, axis
+
+
+def _step_out(graph: Graph, atom: Atom, axis: int):
+    """An axis of a loop's operand, in the array that it is or is a slice of."""
+    if isinstance(atom, Literal) or atom not in graph.outer:
+        return None
+    outside = graph.outer[atom]
+    own, whole = graph.shape(atom), graph.shape(outside)
+    if isinstance(outside, Literal) or own not in (whole, whole[1:]):
+        return None
+    return outside, axis + len(whole) - len(own)
 
 
 def _step_back(graph: Graph, node: Node, atom: Atom, axis: int):

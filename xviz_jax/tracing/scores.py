@@ -6,6 +6,7 @@ from query and key, tile by tile, and no map has to be kept.
 
 import dataclasses
 import math
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from xviz_jax.tracing import compat
 from xviz_jax.tracing.axes import AxisMap
 from xviz_jax.tracing.compat import Literal
 from xviz_jax.tracing.graph import Atom, Graph, Node
-from xviz_jax.tracing.matcher import Softmax
+from xviz_jax.tracing.matcher import Softmax, is_maximum, same_value
 from xviz_jax.tracing.roles import Product
 
 _CASTS = (
@@ -43,12 +44,14 @@ class Term:
       atom: The array.
       axes: The softmax's axes, with respect to `shape`.
       shape: The array's shape when its axes are lined up with the scores'.
+      places: Where in `shape` each axis of the array stands.
       factor: What a bias is multiplied by; -1 for a mask that is true where masked.
     """
 
     atom: Atom
     axes: AxisMap
     shape: tuple[int, ...]
+    places: tuple[int, ...]
     factor: float
 
 
@@ -82,34 +85,12 @@ def unshifted(graph: Graph, softmax: Softmax) -> Atom:
             return atom
         shifted = node.primitive == "sub" and not isinstance(node.ins[0], Literal)
         if shifted and graph.shape(node.ins[0]) == graph.shape(softmax.exponential):
-            if not _is_maximum(graph, node.ins[1]):
+            if not is_maximum(graph, node.ins[1]):
                 return atom
             return node.ins[0]
         if node.primitive not in ("copy", "stop_gradient"):
             return atom
         atom = node.ins[0]
-
-
-def _is_maximum(graph: Graph, atom: Atom) -> bool:
-    passing = (
-        *_CASTS,
-        *_SHAPING,
-        "is_finite",
-        "max",
-        "neg",
-        "select_n",
-    )
-    waiting, steps = [atom], 0
-    while waiting and steps < 20:
-        steps += 1
-        node = graph.source(waiting.pop())
-        if node is None:
-            continue
-        if node.primitive in ("reduce_max", "pmax"):
-            return True
-        if node.primitive in passing:
-            waiting += node.ins
-    return False
 
 
 def read(graph: Graph, softmax: Softmax, product: Product | None) -> Scores:
@@ -120,7 +101,7 @@ def read(graph: Graph, softmax: Softmax, product: Product | None) -> Scores:
     if softmax.node.primitive == "exp2":
         return Scores(logits, why="the softmax is taken to base 2")
     if softmax.modified:
-        return Scores(logits, why="the normaliser holds more than the keys")
+        return Scores(logits, why="the normaliser does not sum every key, or more")
     return _Reader(graph, softmax, product, logits).run()
 
 
@@ -139,6 +120,7 @@ class _Reader:
         self.scale, self.outer, self.cap = 1.0, 1.0, None
         self.biases: list[Term] = []
         self.masks: list[Term] = []
+        self.selections: list[Atom] = []
 
     def run(self) -> Scores:
         atom = self.logits
@@ -154,6 +136,11 @@ class _Reader:
                 return Scores(self.logits, why=why)
             operand, atom = step, node.ins[step]
             self.path.append((node, operand))
+        for atom in self.softmax.selections:
+            known = (same_value(self.graph, atom, each) for each in self.selections)
+            if not any(known):
+                why = "exponentials are masked by something else than their scores"
+                return Scores(self.logits, why=why)
         scale, cap = self.scale, None
         if self.cap is not None:
             scale, cap = self.scale * self.cap, self.cap
@@ -200,7 +187,8 @@ class _Reader:
         if self.cap is not None:
             return None
         factor = self.scale * (-1.0 if node.primitive == "sub" else 1.0)
-        self.biases.append(self._term(node, 1 - operand, factor))
+        (term,) = self._terms(node, node.ins[1 - operand], None)
+        self.biases.append(replace(term, factor=factor))
         return operand
 
     def _masked(self, node: Node) -> int | None:
@@ -210,7 +198,11 @@ class _Reader:
             other = constant(self.graph, node.ins[3 - operand])
             if other is None or other.size != 1 or other.reshape(()) > _MASKED:
                 continue
-            self.masks.append(self._term(node, 0, 1.0 if operand == 2 else -1.0))
+            self.selections.append(node.ins[0])
+            seen = operand == 2
+            parts = self._terms(node, node.ins[0], "and" if seen else "or")
+            factor = 1.0 if seen else -1.0
+            self.masks += [replace(part, factor=factor) for part in parts]
             return operand
         return None
 
@@ -246,19 +238,14 @@ class _Reader:
             waiting += [(each, distance + 1) for each in node.ins]
         return None
 
-    def _term(self, node: Node, operand: int, factor: float) -> Term:
-        """Lines an array up with the scores at `node`, leaving out what repeats."""
+    def _terms(self, node: Node, atom: Atom, joined: str | None) -> list[Term]:
+        """Lines an array up with the scores at `node`, leaving out what repeats.
+
+        What is `joined` of several arrays comes as one term for each.
+        """
         result = self.graph.shape(node.outs[0])
-        atom = node.ins[operand]
-        shape = self.graph.shape(atom) or (1,) * len(result)
-        while (source := self.graph.source(atom)) is not None:
-            if source.primitive != "broadcast_in_dim":
-                break
-            inner = self.graph.shape(source.ins[0])
-            lined = [1] * len(shape)
-            for axis, target in enumerate(source.params["broadcast_dimensions"]):
-                lined[int(target)] = inner[axis]
-            atom, shape = source.ins[0], tuple(lined)
+        rank = len(self.graph.shape(atom))
+        places = tuple(range(len(result))) if rank else ()
         axes = axis_maps.identity(result)
         for later, own in reversed(self.path):
             if later.primitive in _SHAPING:
@@ -267,7 +254,31 @@ class _Reader:
         cut = axis_maps.reshape(axes, self.softmax.shape)
         if cut is None:
             raise _UnevenError
-        return Term(atom, cut, shape, factor)
+        return [
+            Term(each, cut, shape, own, 1.0)
+            for each, shape, own in self._parts(atom, places, len(result), joined)
+        ]
+
+    def _parts(self, atom: Atom, places: tuple[int, ...], rank: int, joined):
+        while (source := self.graph.source(atom)) is not None:
+            if source.primitive != "broadcast_in_dim":
+                break
+            mapped = source.params["broadcast_dimensions"]
+            places = tuple(places[int(axis)] for axis in mapped)
+            atom = source.ins[0]
+        if source is not None and source.primitive == joined:
+            for each in source.ins:
+                own = len(self.graph.shape(each))
+                if own not in (0, len(places)):
+                    raise _UnevenError
+                yield from self._parts(each, places if own else (), rank, joined)
+            return
+        if joined and isinstance(atom, Literal) and bool(atom.val) == (joined == "and"):
+            return  # It lets everything through.
+        shape = [1] * rank
+        for place, size in zip(places, self.graph.shape(atom), strict=True):
+            shape[place] = size
+        yield atom, tuple(shape), places
 
 
 def constant(graph: Graph, atom: Atom) -> np.ndarray | None:

@@ -18,10 +18,14 @@ class Site:
         up by an integer input; `named`, marked by `checkpoint_name`; `block`, the
         input of a layer; `unknown`, seen but not understood.
       loops: Lengths of the loops it lies in, outermost first.
+      turns: What each loop around attention runs over: `layers`; `reversed`, layers
+        with the last one first; `queries`, contiguous chunks of them; `parallel`,
+        anything else, as heads or shards.
       shape: Shape of its probabilities `[*loops, batch, head, query, key]`, or of
         its activation.
-      causal: Whether its mask lets a query see earlier keys only; None where that
-        cannot be told before the program runs.
+      causal: Whether its mask lets a query see earlier keys only, with the last
+        query at the last key; None where that cannot be told before the program
+        runs. Chunks of queries are counted as the one sequence they are.
       window: How far a query sees `(left, right)`, where that is provable.
       scale: What the query-key product is multiplied by; None where the way from
         the product to the softmax is not understood.
@@ -36,6 +40,7 @@ class Site:
     name: str
     kind: str
     loops: tuple[int, ...] = ()
+    turns: tuple[str, ...] = ()
     shape: tuple[int, ...] = ()
     causal: bool | None = None
     window: tuple[int | None, int | None] | None = None

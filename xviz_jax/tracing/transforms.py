@@ -6,13 +6,13 @@ the model anew each time.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from xviz_jax.tracing import interpreter
+from xviz_jax.tracing import interpreter, loops
 from xviz_jax.tracing.interpreter import Plan
 from xviz_jax.tracing.program import Located, Program, trace
 from xviz_jax.tracing.site import Selection, Site, select
@@ -23,6 +23,7 @@ VALUES = (
     "value",
     "bias",
     "mask",
+    "remaining_mask",
     "logsumexp",
     "probabilities",
     "output",
@@ -58,11 +59,13 @@ def capture(
 
     Args:
       model: Any JAX function.
-      values: Among `query, key, value, bias, mask, logsumexp, probabilities,
-        output, activation`. Probabilities are `[*loops, batch, head, query, key]`;
-        query, key, value and output `[*loops, batch, length, head, dim]`;
-        logsumexp is float32 `[*loops, batch, head, query]`; bias and mask are laid
-        out like the probabilities, with size 1 where they do not vary.
+      values: Among `query, key, value, bias, mask, remaining_mask, logsumexp,
+        probabilities, output, activation`. Probabilities are
+        `[*loops, batch, head, query, key]`; query, key, value and output
+        `[*loops, batch, length, head, dim]`; logsumexp is float32
+        `[*loops, batch, head, query]`; bias and mask are laid out like the
+        probabilities, with size 1 where they do not vary. The remaining mask is what
+        the site's `causal` and `window` leave unsaid.
       sites: Which sites: names or `Site`s, a predicate, or by default all that
         weigh values by a softmax.
 
@@ -81,13 +84,28 @@ def capture(
     @functools.wraps(model)
     def captured(*args: Any, **kwargs: Any):
         program = trace(model, args, kwargs)
-        plan = Plan(program.graph)
-        for located in _chosen(program, sites):
-            _read(plan, located, values)
-        outs, found = interpreter.run(plan, program.inputs, {})
-        return program.rebuild(outs), _in_order(program, found)
+        return read(program, dict.fromkeys(_names(program, sites), values))
 
     return captured
+
+
+def read(program: Program, values: Mapping[str, Sequence[str]], *, once: bool = False):
+    """Runs a traced program and reads `values` of each site that is named.
+
+    Args:
+      program: A traced model.
+      values: Which values of which site.
+      once: Where a value is the same at every turn of a loop, give it once: the
+        loop's axis then has size 1.
+
+    Returns:
+      As a `capture`d model.
+    """
+    plan = Plan(program.graph)
+    for located in program.located:
+        _read(plan, located, values.get(located.site.name, ()), once)
+    outs, found = interpreter.run(plan, program.inputs, {})
+    return program.rebuild(outs), _in_order(program, found)
 
 
 def perturb(model: Callable, sites: Selection = None) -> Callable:
@@ -188,33 +206,62 @@ def attention_cotangents(
     @functools.wraps(model)
     def cotangents(*args: Any, **kwargs: Any):
         program = trace(model, args, kwargs)
-        plan = Plan(program.graph)
-        zeros: dict[str, jax.Array] = {}
-        place: dict[str, str] = {}
-        for located in _chosen(program, sites):
-            name, site = located.site.name, located.site
-            plan.reach(located.body, name)
-            shape = located.values.add_to_output(plan, name)
-            if shape is not None:
-                place[name], shape = "output", (*site.loops, *shape)
-                _read(plan, located, values)
-            else:
-                place[name], shape = "probabilities", site.shape
-                located.values.rewrite(plan, name, _add)
-                _read(plan, located, (*values, "probabilities"))
-            zeros[name] = jnp.zeros(shape, jnp.float32)
-
-        def explained(added):
-            outs, found = interpreter.run(plan, program.inputs, added)
-            output = program.rebuild(outs)
-            return scalar(output), (output, found)
-
-        gradients, (output, found) = jax.grad(explained, has_aux=True)(zeros)
-        for name, gradient in gradients.items():
-            found.setdefault(name, {})[f"{place[name]}_cotangent"] = gradient
-        return output, _in_order(program, found)
+        names = _names(program, sites)
+        return read_cotangents(program, scalar, dict.fromkeys(names, values))
 
     return cotangents
+
+
+def read_cotangents(
+    program: Program,
+    scalar: Callable[[Any], jax.Array],
+    values: Mapping[str, Sequence[str]],
+    *,
+    once: bool = False,
+):
+    """Runs a traced program forward and backward, and reads what is named.
+
+    Args:
+      program: A traced model.
+      scalar: As for `attention_cotangents`.
+      values: Which values of which site.
+      once: As for `read`.
+
+    Returns:
+      As `attention_cotangents`.
+    """
+    plan = Plan(program.graph)
+    zeros: dict[str, jax.Array] = {}
+    place: dict[str, str] = {}
+    for located in program.located:
+        name, site = located.site.name, located.site
+        if name not in values:
+            continue
+        plan.reach(located.body, name)
+        shape = located.values.add_to_output(plan, name)
+        if shape is not None:
+            place[name], shape = "output", (*site.loops, *shape)
+            _read(plan, located, values[name], once, jax.lax.stop_gradient)
+        else:
+            place[name], shape = "probabilities", site.shape
+            located.values.rewrite(plan, name, _add)
+            names = (*values[name], "probabilities")
+            _read(plan, located, names, once, jax.lax.stop_gradient)
+        zeros[name] = jnp.zeros(shape, jnp.float32)
+
+    def explained(added):
+        outs, found = interpreter.run(plan, program.inputs, added)
+        output = program.rebuild(outs)
+        return scalar(output), (output, found)
+
+    gradients, (output, found) = jax.grad(explained, has_aux=True)(zeros)
+    for name, gradient in gradients.items():
+        found.setdefault(name, {})[f"{place[name]}_cotangent"] = gradient
+    return output, _in_order(program, found)
+
+
+def _names(program: Program, wanted: Selection) -> list[str]:
+    return [located.site.name for located in _chosen(program, wanted)]
 
 
 def _chosen(program: Program, wanted: Selection) -> tuple[Located, ...]:
@@ -229,12 +276,22 @@ def _in_order(program: Program, found: dict) -> dict:
     return {site.name: found[site.name] for site in program.sites if site.name in found}
 
 
-def _read(plan: Plan, located: Located, names: Sequence[str]) -> None:
-    site = located.site
+def _read(
+    plan: Plan,
+    located: Located,
+    names: Sequence[str],
+    once: bool = False,
+    then: Callable[[jax.Array], jax.Array] = lambda value: value,
+) -> None:
+    site, body = located.site, located.body
     for name in names:
         if name in site.values:
             atoms, read = located.values.readers()[name]()
-            plan.read(located.body, site.name, name, atoms, read)
+            value = lambda get, read=read: then(read(get))
+            plan.read(body, site.name, name, atoms, value)
+            if once:
+                for each in loops.constant_in(plan.graph, body, atoms):
+                    plan.once.setdefault(each, set()).add((site.name, name))
 
 
 def _replaced(rule: Callable, site: Site, value: jax.Array, _: Any) -> jax.Array:

@@ -6,7 +6,7 @@ value with fewer heads where heads share them. Loop axes come in front.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -89,6 +89,8 @@ class AttentionValues:
         self.graph = graph
         self.reading = reading
         self.scores = scores
+        # Masks of which the site's `causal` and `window` do not say all.
+        self.rest: tuple[Term, ...] = scores.masks
 
     def readers(self) -> dict[str, Callable[[], tuple[list[Atom], Read]]]:
         """As `Values`."""
@@ -104,7 +106,9 @@ class AttentionValues:
         if self.scores.biases:
             readers["bias"] = self.bias
         if self.scores.masks:
-            readers["mask"] = self.mask
+            readers["mask"] = lambda: self.mask(self.scores.masks)
+        if self.rest:
+            readers["remaining_mask"] = lambda: self.mask(self.rest)
         return readers
 
     def rewrite(self, plan: Plan, name: str, change: Change) -> None:
@@ -319,9 +323,8 @@ class AttentionValues:
 
         return [term.atom for term in terms], read
 
-    def mask(self) -> tuple[list[Atom], Read]:
+    def mask(self, terms: Sequence[Term]) -> tuple[list[Atom], Read]:
         """True where a query may see a key; axes may have size 1."""
-        terms = self.scores.masks
 
         def read(get: Get) -> jax.Array:
             total = None
