@@ -86,6 +86,7 @@ def advice(sites: Sequence[Site], args: Sequence[Any]) -> dict[str, str]:
         )
     return {
         "attention_rollout": attention,
+        "attention_relevance": attention,
         "saliency": gradients,
         "input_x_gradient": gradients,
         "integrated_gradients": gradients,
