@@ -183,3 +183,36 @@ def test_kept_values_of_a_loop_take_no_room_for_each_chunk():
         return {name: array.shape for name, array in found[0].values.items()}
 
     assert sizes(chunked_slices) == sizes(whole)
+
+
+def test_maps_of_the_same_values_are_heads_of_one_layer():
+    """Differential attention, written with two softmaxes and with one."""
+
+    def maps(x, names, mask):
+        split = lambda name: (x @ WEIGHTS[name][0]).reshape(LENGTH, HEADS, -1)
+        scores = jnp.einsum("qhd,khd->hqk", split(names[0]), split(names[1]))
+        return jax.nn.softmax(jnp.where(mask, scores, -jnp.inf))
+
+    def apart(x):
+        first = maps(x, ("query", "key"), causal(POSITIONS))
+        second = maps(x, ("out", "value"), causal(POSITIONS))
+        value = x.reshape(LENGTH, HEADS, -1)
+        out = jnp.einsum("hqk,khd->qhd", first - 0.3 * second, value)
+        return out.reshape(LENGTH, WIDTH)[-1] @ HEAD
+
+    _, captured = xv.tracing.capture(apart)(X)
+    both = np.concatenate([own["probabilities"][0] for own in captured.values()])
+    want = 0.5 * np.eye(LENGTH)[-1] + 0.5 * both.mean(axis=0)[-1]
+    got = xv.attention_rollout(apart, query=-1)(X)
+    np.testing.assert_allclose(got.scores, want, atol=1e-6)
+    relevance = xv.attention_relevance(apart, query=-1)(X, target=0)
+    assert np.isfinite(relevance.scores).all() and relevance.diagnostics["mass"] > 1
+
+
+def test_branches_side_by_side_are_refused():
+    def branches(x):
+        attend = lambda name: jax.nn.softmax(x @ WEIGHTS[name][0] @ x.T) @ x
+        return (attend("query") + attend("key"))[-1] @ HEAD
+
+    with pytest.raises(ValueError, match="runs beside 'attention' and not after it"):
+        xv.attention_rollout(branches)(X)

@@ -19,6 +19,7 @@ from xviz_jax.tracing.transforms import read, read_cotangents
 # again costs more than keeping it.
 _SMALL_MAP = 8 * 2**20
 _TILED = ("query", "key", "bias", "remaining_mask")
+_DENSE = ("probabilities",)
 _ALONG_QUERIES = {"query": -3, "output": -3, "output_cotangent": -3}
 
 
@@ -75,11 +76,11 @@ def capture(
     program = trace(model, tuple(args), {})
     sites = self_attention(program.sites)
     if scalar is None:
-        wanted = {site.name: _to_read(site) for site in sites}
+        wanted = {site.name: _to_read(site, sites) for site in sites}
         output, found = read(program, wanted, once=True)
     else:
         wanted = {
-            site.name: ("value", *(_TILED if _is_tiled(site) else ("probabilities",)))
+            site.name: ("value", *(_TILED if _is_tiled(site, sites) else _DENSE))
             for site in sites
         }
         output, found = read_cotangents(program, scalar, wanted, once=True)
@@ -120,6 +121,11 @@ def _check(site: Site, length: int) -> None:
             f"{site.name!r} lies in a loop over something else than layers, as heads, "
             "shards or examples; use `jax.vmap` there"
         )
+    if site.beside:
+        raise ValueError(
+            f"{site.name!r} runs beside {site.beside!r} and not after it; this method "
+            "takes layers one after another"
+        )
     batch, _, query, key = site.shape[len(site.loops) :]
     if _is_chunked(site):
         query *= site.loops[-1]
@@ -139,18 +145,19 @@ def _is_chunked(site: Site) -> bool:
     return site.turns[-1:] == ("queries",)
 
 
-def _is_tiled(site: Site) -> bool:
-    """Whether queries and keys tell the map."""
-    return site.scale is not None
+def _is_tiled(site: Site, sites: Sequence[Site]) -> bool:
+    """Whether queries and keys tell a layer's map."""
+    joined = site.joins or any(other.joins == site.name for other in sites)
+    return site.scale is not None and not joined
 
 
-def _to_read(site: Site) -> tuple[str, ...]:
+def _to_read(site: Site, sites: Sequence[Site]) -> tuple[str, ...]:
     _, heads, query, key = site.shape[len(site.loops) :]
     if _is_chunked(site):
         query *= site.loops[-1]
     small = heads * query * key * 4 <= _SMALL_MAP
-    dense = "probabilities" in site.values and (small or not _is_tiled(site))
-    return ("probabilities",) if dense else _TILED
+    dense = "probabilities" in site.values and small
+    return _DENSE if dense or not _is_tiled(site, sites) else _TILED
 
 
 def _in_order(sites: Sequence[Site], found: dict[str, dict[str, Any]]) -> list[Layer]:
@@ -158,9 +165,14 @@ def _in_order(sites: Sequence[Site], found: dict[str, dict[str, Any]]) -> list[L
     placed: list[tuple[tuple[int, ...], Site, int | None]] = []
     arrays: dict[str, dict[str, jax.Array]] = {}
     for site in sites:
-        arrays[site.name] = {
-            name: _flat(site, name, array) for name, array in found[site.name].items()
-        }
+        own = {n: _flat(site, n, array) for n, array in found[site.name].items()}
+        if site.joins:
+            # Maps that weigh the same values are the heads of one layer.
+            heads = arrays[site.name] = arrays[site.joins]
+            for name, array in heads.items():
+                heads[name] = jnp.concatenate([array, own[name]], axis=-3)
+            continue
+        arrays[site.name] = own
         for number, turn in enumerate(_turns(_loops(site))):
             placed.append((_place(site, turn), site, number if turn else None))
     placed.sort(key=lambda each: each[0])

@@ -16,6 +16,7 @@ from xviz_jax.tracing import (
     loops,
     masks,
     matcher,
+    neighbours,
     roles,
     scores,
 )
@@ -162,7 +163,26 @@ def _locate(graph: Graph, inputs: dict[int, tuple[str, ...]]) -> tuple[Located, 
         name = each.base if count == 0 else f"{each.base}#{count}"
         site = dataclasses.replace(each.site, name=name)
         located.append(Located(site, each.body, each.values))
-    return tuple(located)
+    return tuple(_with_neighbours(graph, located))
+
+
+def _with_neighbours(graph: Graph, located: list[Located]) -> Iterator[Located]:
+    """Adds to each site what runs beside it."""
+    before: dict[Body, Located] = {}
+    for each in located:
+        values = each.values
+        if each.site.kind == "attention" and not isinstance(values, UnknownValues):
+            last = before.get(each.body)
+            if last is not None:
+                name = last.site.name
+                if neighbours.joined(last.values, values):
+                    site = dataclasses.replace(each.site, joins=name)
+                    each = dataclasses.replace(each, site=site)
+                elif not neighbours.feeds(graph, last.values, values):
+                    site = dataclasses.replace(each.site, beside=name)
+                    each = dataclasses.replace(each, site=site)
+            before[each.body] = each
+        yield each
 
 
 def _sites_of(

@@ -34,6 +34,10 @@ class Site:
       inputs: For an embedding, which array arguments are looked up, counted flat.
       order: Where in the program it runs: positions of the loops around it, then
         its own.
+      joins: The site before it, if one product weighs values by the probabilities of
+        both, as in differential attention.
+      beside: The site before it, if that does not feed this one, as in branches that
+        run side by side.
       why: What was not understood, as a sentence.
     """
 
@@ -49,6 +53,8 @@ class Site:
     values: tuple[str, ...] = ()
     inputs: tuple[int, ...] = ()
     order: tuple[int, ...] = ()
+    joins: str = ""
+    beside: str = ""
     why: str = ""
 
 
