@@ -12,9 +12,11 @@ an eager model stores, every layer's maps, and multiply the whole matrices.
 
 import argparse
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -22,6 +24,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from timing import replace_section
 
 HEADS, DIM = 12, 64
 PEERS = ("torch maps", "jax maps", "jax layer")
@@ -30,6 +33,7 @@ PEERS = ("torch maps", "jax maps", "jax layer")
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--save", action="store_true", help="write into RESULTS.md")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--worker", nargs=3, metavar=("METHOD", "LENGTH", "LAYERS"))
     options = parser.parse_args()
@@ -44,20 +48,59 @@ def main() -> None:
     if importlib.util.find_spec("torch") is None:
         print("torch is not installed: its column is left out\n")
         names.remove("torch maps")
-    print(f"{layers} layers, {HEADS} heads of {DIM}, float32; CPU ms and peak MB\n")
-    print("| N |", " | ".join(names), "| error to float64 |")
-    print("|---" * (len(names) + 2) + "|")
+    title = "A row of a rollout from queries and keys, against stored maps"
+    versions = {n: importlib.metadata.version(n) for n in ("jax", "jaxlib")}
+    if "torch maps" in names:
+        versions["torch"] = importlib.metadata.version("torch")
+    lines = [
+        f"## {title}",
+        "",
+        f"`python benchmarks/attention_rows.py --save`, one core "
+        f"({platform.machine()}), "
+        f"Python {platform.python_version()}, "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + f". {layers} layers, {HEADS} heads of {DIM}, float32. Processor's time in "
+        "milliseconds, peak memory beyond the inputs in MB, and both over those of "
+        "`rollout_rows`.",
+        "",
+        "| tokens | " + " | ".join(names) + " | error to float64 |",
+        "|---" * (len(names) + 2) + "|",
+    ]
     for n in lengths:
         results = [measure(name, n, layers, options.rounds) for name in names]
-        cells = [f"{1e3 * r['seconds']:.1f}, {r['bytes'] / 1e6:.0f}" for r in results]
-        print(f"| {n} |", " | ".join(cells), f"| {results[0]['error']:.1e} |")
+        mine = results[0]
+        cells = [f"{1e3 * mine['seconds']:.1f} ms, {mine['bytes'] / 1e6:.0f} MB"]
+        for other in results[1:]:
+            time_ratio = other["seconds"] / mine["seconds"]
+            memory_ratio = other["bytes"] / max(mine["bytes"], 1)
+            cells.append(
+                f"{1e3 * other['seconds']:.1f} ms ({time_ratio:.2f}x), "
+                f"{other['bytes'] / 1e6:.0f} MB ({memory_ratio:.1f}x)"
+            )
+        cells.append(f"{mine['error']:.1e}")
+        lines.append(f"| {n} | " + " | ".join(cells) + " |")
 
     lengths = (64, 128) if options.small else (1024, 2048, 4096, 8192, 16384)
     used = [measure("rollout_rows", n, 2, 1)["bytes"] for n in lengths]
-    print("\nPeak memory of two layers, MB:")
-    print(", ".join(f"{n}: {b / 1e6:.0f}" for n, b in zip(lengths, used, strict=True)))
+    slope, offset = np.polyfit(lengths, used, 1)
     exponent = np.polyfit(np.log(lengths), np.log(np.maximum(used, 1)), 1)[0]
-    print(f"bytes ~ N^{exponent:.2f}")
+    fit = ", ".join(f"{n}: {b / 1e6:.0f}" for n, b in zip(lengths, used, strict=True))
+    lines += [
+        "",
+        f"Peak memory of two layers in MB by tokens: {fit}; "
+        f"{slope / 1e3:.1f} kB a token and {offset / 1e6:.0f} MB, bytes ~ "
+        f"tokens^{exponent:.2f}.",
+    ]
+    if not options.small:
+        deep = measure("rollout_rows", 8192, layers, 1)
+        lines.append(
+            f"{layers} layers of 8,192 tokens: {deep['seconds']:.1f} s, "
+            f"{deep['bytes'] / 1e6:.0f} MB."
+        )
+    lines.append("")
+    print("\n".join(lines))
+    if options.save:
+        replace_section(title, lines)
 
 
 def measure(method: str, length: int, layers: int, rounds: int) -> dict[str, float]:
@@ -69,7 +112,7 @@ def measure(method: str, length: int, layers: int, rounds: int) -> dict[str, flo
 
 
 def worker(method: str, length: int, layers: int, rounds: int) -> dict[str, float]:
-    """CPU seconds, peak bytes, and the error of the row where N is at most 512."""
+    """CPU seconds, peak bytes, and the error of our row where N is at most 2,048."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     rng = np.random.default_rng(0)
     shape = (layers, length, HEADS, DIM)
@@ -90,7 +133,7 @@ def worker(method: str, length: int, layers: int, rounds: int) -> dict[str, floa
         times.append(time.process_time() - start)
     used = status("VmHWM") - before
     error = float("nan")
-    if length <= 512:
+    if method == "rollout_rows" and length <= 2048:
         exact = row_in_float64(q, k)
         error = float(np.abs(row - exact).max() / exact.max())
     return {"seconds": min(times), "bytes": float(used), "error": error}

@@ -92,9 +92,14 @@ def report(title: str, command: str, pairs: Sequence[Pair], *, save: bool) -> No
     ]
     print("\n".join(lines))
     if save:
-        text = RESULTS.read_text() if RESULTS.exists() else "# Results\n\n"
-        before, _, rest = text.partition(f"## {title}\n")
-        _, found, after = rest.partition("\n## ")
-        kept = f"\n## {after}" if found else ""
-        whole = f"{before.rstrip()}\n\n" + "\n".join(lines) + kept
-        RESULTS.write_text(whole.rstrip() + "\n")
+        replace_section(title, lines)
+
+
+def replace_section(title: str, lines: Sequence[str]) -> None:
+    """Replaces the section of RESULTS.md that `lines` begin with a heading of."""
+    text = RESULTS.read_text() if RESULTS.exists() else "# Results\n\n"
+    before, _, rest = text.partition(f"## {title}\n")
+    _, found, after = rest.partition("\n## ")
+    kept = f"\n## {after}" if found else ""
+    whole = f"{before.rstrip()}\n\n" + "\n".join(lines) + kept
+    RESULTS.write_text(whole.rstrip() + "\n")
