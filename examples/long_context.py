@@ -95,7 +95,7 @@ def peak_megabytes() -> float:
 
 def main() -> None:
     """Runs the model and explains its last token twice."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--length", type=int, default=16384)
     parser.add_argument("--layers", type=int, default=4)
     options = parser.parse_args()

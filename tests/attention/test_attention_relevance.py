@@ -110,6 +110,6 @@ def test_start_layer_and_refusals():
     with pytest.raises(ValueError, match="from 0 to 1 for 2 layers, got 2"):
         xv.attention_relevance(model, start_layer=2)(x)
     with pytest.raises(ValueError, match="got 'median'"):
-        xv.attention_relevance(model, heads="median")
+        xv.attention_relevance(model, heads="median")  # pyright: ignore
     with pytest.raises(ValueError, match="no attention to explain"):
         xv.attention_relevance(lambda x: x.sum(axis=0))(x)

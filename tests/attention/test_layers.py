@@ -166,7 +166,10 @@ def test_chunks_in_another_order_are_refused():
 
 def test_a_loop_over_heads_is_no_stack_of_layers():
     def by_head(query, key, value, mask):
-        one = lambda each: weigh(*(a[:, None] for a in each), everything(X))[:, 0]
+        def one(each):
+            query, key, value = (array[:, None] for array in each)
+            return weigh(query, key, value, everything(X))[:, 0]
+
         return lax.map(one, [jnp.swapaxes(a, 0, 1) for a in (query, key, value)])
 
     model = transformer(by_head, everything, "unrolled")

@@ -47,6 +47,7 @@ def scratch(function, length):
     """Bytes that the compiled program takes beside arguments and results."""
     shape = jax.ShapeDtypeStruct((2, length, HEADS, DIM), jnp.float32)
     analysis = jax.jit(function).lower(shape, shape).compile().memory_analysis()
+    assert analysis is not None
     return analysis.temp_size_in_bytes
 
 

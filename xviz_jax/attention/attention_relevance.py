@@ -7,7 +7,7 @@ import jax
 
 from xviz_jax import attribution
 from xviz_jax.attention import layers, rows
-from xviz_jax.attention.attention_rollout import check_heads
+from xviz_jax.attention.attention_rollout import Heads, check_heads
 from xviz_jax.attribution import Attribution, Target
 
 
@@ -15,7 +15,7 @@ def attention_relevance(
     model: Callable,
     *,
     query: int | jax.Array = 0,
-    heads: str = "mean",
+    heads: Heads = "mean",
     start_layer: int = 0,
 ) -> Callable[..., Attribution]:
     """Which positions the model's attention used for a class, through every layer.

@@ -1,7 +1,7 @@
 """Attention rollout (Abnar and Zuidema, 2020, arXiv 2005.00928)."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 
@@ -9,14 +9,14 @@ from xviz_jax import attribution
 from xviz_jax.attention import layers, rows
 from xviz_jax.attribution import Attribution, Target
 
-FUSIONS = ("mean", "max", "min")
+Heads = Literal["mean", "max", "min"]
 
 
 def attention_rollout(
     model: Callable,
     *,
     query: int | jax.Array = 0,
-    heads: str = "mean",
+    heads: Heads = "mean",
     residual: float = 0.5,
     start_layer: int = 0,
 ) -> Callable[..., Attribution]:
@@ -75,5 +75,5 @@ def attention_rollout(
 
 def check_heads(heads: str) -> None:
     """Refuses what is no fusion of heads."""
-    if heads not in FUSIONS:
-        raise ValueError(f"`heads` is one of {list(FUSIONS)}, got {heads!r}")
+    if heads not in get_args(Heads):
+        raise ValueError(f"`heads` is one of {list(get_args(Heads))}, got {heads!r}")

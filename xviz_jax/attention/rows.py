@@ -1,12 +1,13 @@
 """Rows carried through layers of attention, from the last to the first."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from xviz_jax.attention.layers import Layer
+from xviz_jax.kernels.attention_map import HeadFusion, Relevance
 from xviz_jax.kernels.rollout_rows import rollout_rows
 
 _SINGULAR = {"masks": "mask", "biases": "bias", "key_masks": "key_mask"}
@@ -37,9 +38,9 @@ def propagate(
     layers: Sequence[Layer],
     query: int | jax.Array,
     *,
-    residual: str | float,
-    heads: str,
-    relevance: str = "attention",
+    residual: Literal["add"] | float,
+    heads: HeadFusion,
+    relevance: Relevance = "attention",
 ) -> jax.Array:
     """A row of the product of all layers, from the last to the first.
 
@@ -110,7 +111,11 @@ def _options(layer: Layer, relevance: str) -> dict[str, Any]:
 
 
 def _dense(
-    layer: Layer, row: jax.Array, residual: str | float, heads: str, relevance: str
+    layer: Layer,
+    row: jax.Array,
+    residual: Literal["add"] | float,
+    heads: str,
+    relevance: str,
 ) -> jax.Array:
     """Rows through layers of which the maps are at hand."""
     arrays = layer.values
@@ -120,7 +125,9 @@ def _dense(
             {n: array[turn if len(array) > 1 else 0] for n, array in arrays.items()}
             for turn in range(layer.count)
         ]
-    kept, mixed = (1.0, 1.0) if residual == "add" else (residual, 1 - residual)
+    kept, mixed = 1.0, 1.0
+    if residual != "add":
+        kept, mixed = residual, 1 - residual
     for values in reversed(turns):
         fused = _fused(values, heads, relevance)
         if heads != "mean":

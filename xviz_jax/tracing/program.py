@@ -168,21 +168,22 @@ def _locate(graph: Graph, inputs: dict[int, tuple[str, ...]]) -> tuple[Located, 
 
 def _with_neighbours(graph: Graph, located: list[Located]) -> Iterator[Located]:
     """Adds to each site what runs beside it."""
-    before: dict[Body, Located] = {}
+    before: dict[Body, tuple[str, neighbours.Attention]] = {}
     for each in located:
         values = each.values
-        if each.site.kind == "attention" and not isinstance(values, UnknownValues):
-            last = before.get(each.body)
-            if last is not None:
-                name = last.site.name
-                if neighbours.joined(last.values, values):
-                    site = dataclasses.replace(each.site, joins=name)
-                    each = dataclasses.replace(each, site=site)
-                elif not neighbours.feeds(graph, last.values, values):
-                    site = dataclasses.replace(each.site, beside=name)
-                    each = dataclasses.replace(each, site=site)
-            before[each.body] = each
-        yield each
+        if each.site.kind == "attention" and isinstance(
+            values, AttentionValues | FusedValues
+        ):
+            name, last = before.get(each.body, ("", None))
+            site = each.site
+            if last is not None and neighbours.joined(last, values):
+                site = dataclasses.replace(site, joins=name)
+            elif last is not None and not neighbours.feeds(graph, last, values):
+                site = dataclasses.replace(site, beside=name)
+            before[each.body] = (site.name, values)
+            yield dataclasses.replace(each, site=site)
+        else:
+            yield each
 
 
 def _sites_of(
