@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-NAMES = ["integrated_gradients", "rollout", "tracing", "attention_rows"]
+NAMES = ["integrated_gradients", "rollout", "tracing", "attention_rows", "loading"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -18,7 +18,8 @@ FLOORS = {
     "plotting": {"attribution"},
     "demo": {"attention", "attribution", "batch", "gradients", "models", "plotting"},
     "doctor": {"attention", "models", "tracing"},
-    "cli": {"demo", "doctor", "_version"},
+    "explain": {"attribution", "doctor", "models", "plotting"},
+    "cli": {"demo", "doctor", "explain", "_version"},
 }
 
 

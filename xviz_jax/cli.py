@@ -1,9 +1,10 @@
-"""The command line: `xviz-jax demo | doctor`."""
+"""The command line: `xviz-jax demo | explain | doctor`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from xviz_jax._version import __version__
 
@@ -47,8 +48,59 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="DTYPE[SHAPE]",
         help="one for each argument, such as float32[28,28]",
     )
+    _explain_arguments(commands)
     arguments = parser.parse_args(argv)
-    return {"demo": _demo, "doctor": _doctor}[arguments.command](arguments)
+    run = {"demo": _demo, "doctor": _doctor, "explain": _explain}
+    return run[arguments.command](arguments)
+
+
+def _explain_arguments(commands: Any) -> None:
+    explain = commands.add_parser(
+        "explain",
+        help="explain one text or image with a published checkpoint",
+        description="Prints the text with its words shaded (red raises the output, "
+        "blue lowers it; orange where a method knows no sign), and draws a picture.",
+    )
+    explain.add_argument(
+        "--model",
+        required=True,
+        help="a checkpoint's folder, a GGUF file, embedded, or module:function",
+    )
+    source = explain.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text")
+    source.add_argument("--image", type=Path)
+    source.add_argument("--array", type=Path, help="a .npy file, for a function")
+    explain.add_argument("--pair", help="a second text, for a model of pairs")
+    explain.add_argument(
+        "--prepare",
+        type=Path,
+        metavar="FOLDER",
+        help="whose tokenizer or image processor reads a function's input",
+    )
+    explain.add_argument("--method", default="integrated_gradients")
+    explain.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        dest="options",
+        metavar="NAME=VALUE",
+        help="of the method, such as steps=32",
+    )
+    explain.add_argument(
+        "--target", help="a class's number or name, or a word; default: the predicted"
+    )
+    explain.add_argument("--versus", metavar="TARGET", help="why this and not that")
+    explain.add_argument(
+        "--against",
+        metavar="TEXT_OR_IMAGE",
+        help="explain the cosine with its features, for a model without classes",
+    )
+    explain.add_argument(
+        "--position", type=int, help="the token whose logits are read; -1 is the last"
+    )
+    explain.add_argument("--granularity", choices=("word", "token"), default="word")
+    explain.add_argument("--seed", type=int, default=0, help="of random methods")
+    explain.add_argument("--out", type=Path, help="a picture: .png, .pdf or .svg")
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -68,6 +120,23 @@ def _demo(arguments: argparse.Namespace) -> int:
         print(f"xviz-jax demo: {error}", file=sys.stderr)
         return 2
     demo.run(arguments.out, seed=arguments.seed, **options)
+    return 0
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from xviz_jax import explain
+
+    # A model beside the reader's own files, as `python -m` would find it.
+    sys.path.insert(0, "")
+    options = {**vars(arguments)}
+    del options["command"]
+    try:
+        explain.run(explain.Request(**options), Console())
+    except (ValueError, ImportError) as error:
+        print(f"xviz-jax explain: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -1,0 +1,275 @@
+"""`xviz-jax explain`, on tiny models."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from PIL import Image
+
+import xviz_jax as xv
+from xviz_jax import cli
+from xviz_jax.explain import methods, show
+from xviz_jax.explain.subject import Subject, of_checkpoint
+from xviz_jax.explain.target import choose
+from xviz_jax.models import TextProcessor
+
+GOLDENS = Path(__file__).parent / "models" / "goldens"
+WORDS = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]"]
+WORDS += ["the", "film", "was", "not", "good", "[red]", "$x^$", "."]
+TEXT = "the film was not good ."
+PNG = b"\x89PNG"
+
+
+def tokenizer(special=True):
+    words = {word: index for index, word in enumerate(WORDS)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    if special:
+        made.post_processor = tokenizers.processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
+        )
+    made.add_special_tokens(WORDS[:4])
+    return made
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Makes a folder of a golden model, with a tokenizer."""
+
+    def make(name):
+        out = Path(shutil.copytree(GOLDENS / "text" / name, tmp_path / name))
+        tokenizer(name.startswith("bert")).save(str(out / "tokenizer.json"))
+        return out
+
+    return make
+
+
+def run(capsys, *arguments):
+    """The exit code, and what was printed on either side."""
+    code = cli.main(["explain", *map(str, arguments)])
+    said = capsys.readouterr()
+    return code, " ".join(said.out.split()), said.err
+
+
+def linear(x):
+    """A function that the command line imports by name."""
+    return jnp.stack([jnp.sum(x), jnp.vdot(x, jnp.arange(6.0).reshape(2, 3))])
+
+
+def test_a_text_in_the_terminal_and_as_a_picture(folder, tmp_path, capsys):
+    out = tmp_path / "why.png"
+    arguments = ["--text", TEXT, "--method", "saliency", "--out", out]
+    code, said, _ = run(capsys, "--model", folder("gpt2_sequence"), *arguments)
+    assert code == 0
+    assert said.startswith("predicted: LABEL_")
+    assert "saliency: LABEL_" in said
+    assert TEXT in said
+    assert out.read_bytes().startswith(PNG)
+
+
+def test_a_word_and_not_another(folder, capsys):
+    model = folder("gpt2_lm")
+    arguments = ["--text", TEXT, "--method", "attention_rollout"]
+    wanted = ["--target", "good", "--versus", "film"]
+    code, said, _ = run(capsys, "--model", model, *arguments, *wanted)
+    assert code == 0
+    assert "'good' and not 'film'" in said
+    assert "mass: 1" in said
+
+
+def test_what_is_explained_of_a_checkpoint(folder):
+    model = folder("bert_masked")
+    subject = of_checkpoint(model, "the film was [MASK] .", None, None)
+    assert subject.query == 4
+    assert subject.find is not None
+    assert subject.find("good") == 9
+    assert subject.name(9) == "'good'"
+    assert subject.baseline is not None
+    assert subject.baseline.tolist() == [1, 0, 0, 0, 0, 0, 2]
+    with pytest.raises(ValueError, match="no masked token; pass `--position`"):
+        of_checkpoint(model, TEXT, None, None)
+    labelled = of_checkpoint(folder("bert_sequence"), TEXT, None, None)
+    assert labelled.find is not None
+    assert labelled.find("LABEL_2") == 2
+    with pytest.raises(ValueError, match=r"one of \('LABEL_0', .*got 'cat'"):
+        labelled.find("cat")
+    pair = of_checkpoint(model, TEXT, "good", 2)
+    assert pair.query == 2
+    assert [len(each) for each in pair.args] == [10, 10, 10]
+    assert pair.args[2].tolist() == [0] * 8 + [1, 1]
+
+
+def subject(output, **options):
+    """What is explained of a model that only has an output."""
+    forward = lambda _, x: x * jnp.array(output)
+    read = lambda other: (jnp.array(float(other)),)
+    options = {"read": read, **options}
+    args = (jnp.array(1.0),)
+    return Subject(forward=forward, parameters=None, args=args, view=None, **options)
+
+
+def test_targets_of_classes():
+    of = subject([0.0, 2.0, 1.0], name="abc".__getitem__, find="abc".index)
+    predicted = choose(of, None, None, None)
+    assert (predicted.target, predicted.said) == (1, "b")
+    assert predicted.ranked == ("b 66.5%", "c 24.5%", "a 9.0%")
+    pair = choose(of, "c", "0", None)
+    assert (pair.target, pair.said) == ((2, 0), "c and not a")
+    for wrong, said in (
+        (("9", None, None), "a number below 3, got 9"),
+        ((None, "1", None), "`--versus` is a class, and needs another"),
+        (("1", None, "5"), "and no `--target`"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            choose(of, *wrong)
+    with pytest.raises(ValueError, match="a class is a number here, got 'cat'"):
+        choose(subject([1.0, 2.0]), "cat", None, None)
+    with pytest.raises(ValueError, match=r"array of \[1, 2\], wanted one number"):
+        choose(subject([[1.0, 2.0]]), None, None, None)
+
+
+def test_targets_of_features():
+    of = subject([3.0, 4.0], features=True)
+    length = choose(of, None, None, None)
+    assert length.said == "length of the features as they point"
+    np.testing.assert_allclose(length.target(jnp.array([3.0, 4.0])), 5)
+    np.testing.assert_allclose(length.target(jnp.array([4.0, -3.0])), 0, atol=1e-6)
+    cosine = choose(of, None, None, "-2")
+    np.testing.assert_allclose(cosine.target(jnp.array([6.0, 8.0])), -1, rtol=1e-6)
+    assert choose(of, "1", None, None).said == "feature 1"
+    with pytest.raises(ValueError, match="needs another"):
+        choose(of, "1", "0", None)
+
+
+def test_an_image(tmp_path, capsys):
+    model = Path(shutil.copytree(GOLDENS / "vision" / "vit", tmp_path / "vit"))
+    settings = {"image_processor_type": "ViTImageProcessor"}
+    size = {"size": {"height": 16, "width": 16}}
+    (model / "preprocessor_config.json").write_text(json.dumps(settings | size))
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "$x^$.png")
+    out = tmp_path / "out.svg"
+    arguments = ["--image", tmp_path / "$x^$.png", "--method", "attention_rollout"]
+    code, said, _ = run(capsys, "--model", model, *arguments, "--out", out)
+    assert code == 0
+    assert "attention_rollout: LABEL_" in said
+    assert "<svg" in out.read_text()
+
+
+def test_a_function_and_an_array(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.full((2, 3), 2, np.float32))
+    arguments = ["--model", "tests.test_explain:linear", "--array", tmp_path / "x.npy"]
+    options = ["--option", "steps=4", "--option", "rule=midpoint", "--target", "1"]
+    out = tmp_path / "out.pdf"
+    code, said, _ = run(capsys, *arguments, *options, "--out", out)
+    assert code == 0
+    assert "integrated_gradients: 1, 30" in said
+    assert "evaluations: 4" in said
+    assert out.read_bytes().startswith(b"%PDF")
+
+
+def test_methods_are_the_public_ones():
+    found = methods()
+    assert {"integrated_gradients", "saliency", "attention_rollout"} <= set(found)
+    assert "single" not in found
+    assert all(found[name] is getattr(xv, name) for name in found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--method", "magic"], r"`--method` is one of \[.*got 'magic'"),
+        (["--option", "steps"], "is NAME=VALUE with one of .*got 'steps'"),
+        (["--option", "argnums=0"], "is NAME=VALUE with one of"),
+        (["--option", "steps=0"], "steps"),
+        (["--out", "why.gif"], "ends in one of .*got why.gif"),
+        (["--out", "nowhere/why.png"], "a folder that is there, got nowhere/why.png"),
+        (["--position", "1"], "takes no `position`"),
+        (["--prepare", "."], "are for a function"),
+    ],
+)
+def test_wrong_calls(arguments, said, folder, capsys):
+    options = ["--model", folder("bert_sequence"), "--text", TEXT, *arguments]
+    code, printed, error = run(capsys, *options)
+    assert code == 2
+    assert not printed
+    assert error.startswith("xviz-jax explain: ")
+    assert re.search(said, error), error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["embedded", "--text", "a"], "pass --prepare FOLDER; or pass an --array"),
+        (["embedded", "--array", "no.npy"], "no.npy holds no array"),
+        (["embedded", "--array", "no.npy", "--position", "1"], "not for a function"),
+        (["math:sin", "--image", "a", "--pair", "b"], "needs a first"),
+        (["nowhere:f", "--array", "a"], "cannot be imported"),
+        (["nowhere", "--text", "a"], "there is no checkpoint at nowhere"),
+        ([str(GOLDENS / "text" / "bert"), "--image", "a"], "the model reads texts"),
+        ([str(GOLDENS / "text" / "bert"), "--text", "a"], "has no tokenizer.json"),
+        ([str(GOLDENS / "text" / "bert"), "--array", "a"], "are for a function"),
+        ([str(GOLDENS / "vision" / "vit"), "--text", "a"], "the model reads images"),
+    ],
+)
+def test_wrong_sources(arguments, said, capsys):
+    code, printed, error = run(capsys, "--model", *arguments)
+    assert (code, printed) == (2, "")
+    assert said in error
+
+
+def spoil(folder, kind):
+    weights = folder / "model.safetensors"
+    if kind == "missing":
+        weights.unlink()
+    elif kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-9])
+    else:
+        settings = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(settings | {"model_type": kind}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("missing", "has no model.safetensors"),
+        ("truncated", "is truncated or no safetensors file"),
+        ("siglip", "'siglip' is planned and not read yet"),
+        ("roberta", "`architectures` in config.json is"),
+    ],
+)
+def test_bad_folders_end_with_2(kind, said, folder, capsys):
+    model = folder("bert_sequence")
+    spoil(model, kind)
+    code, printed, error = run(capsys, "--model", model, "--text", TEXT)
+    assert (code, printed) == (2, "")
+    assert said in error
+
+
+def test_a_call_without_a_source(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["explain", "--model", "embedded"])
+    assert stopped.value.code == 2
+    assert "--text" in capsys.readouterr().err
+
+
+def test_words_are_shaded_and_never_obeyed():
+    encoding = TextProcessor(tokenizer())("[red] film\n\x1b[31mgood\u202e")
+    words, scores = show.spelled(encoding, np.array([0, 1, -2, 0.001, 0]), "token")
+    assert "".join(words) == "[CLS] [red] film\n\x1b[31mgood\u202e [SEP]"
+    text = show.shaded(words, scores)
+    assert text.plain == "[CLS] [red] film\n\ufffd[31mgood\ufffd [SEP]"
+    styled = {text.plain[s.start : s.end]: str(s.style) for s in text.spans}
+    assert styled == {
+        "[red]": "black on rgb(234,147,148)",
+        "film": "black on rgb(31,119,180)",
+    }
+    orange = show.shaded(["a"], np.array([2.0]))
+    assert str(orange.spans[0].style) == "black on rgb(255,127,14)"

@@ -1,0 +1,138 @@
+"""An attribution in the terminal, and as a picture."""
+
+import unicodedata
+from typing import Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.text import Text
+
+from xviz_jax.attribution import Attribution
+from xviz_jax.explain.subject import Subject
+from xviz_jax.models.image_view import ImageView
+from xviz_jax.models.text import Encoding
+from xviz_jax.plotting.image_attribution import image_attribution
+from xviz_jax.plotting.text_attribution import drawable, text_attribution
+
+_RAISES, _LOWERS, _ALONE = (214, 39, 40), (31, 119, 180), (255, 127, 14)
+# Below this share of the strongest score a word is left as it is.
+_FAINT = 0.02
+# These join letters, and command nothing.
+_JOINERS = "\u200c\u200d"
+
+
+def attribution(
+    subject: Subject,
+    found: Attribution,
+    granularity: Literal["token", "word"],
+    title: str,
+    console: Console,
+) -> Figure:
+    """Prints scores and diagnostics, and draws the scores under a title.
+
+    Raises:
+      ValueError: If the scores are not laid out like the input.
+    """
+    scores = np.asarray(found.scores, np.float64)
+    if isinstance(subject.view, Encoding):
+        words, values = spelled(subject.view, scores, granularity)
+        console.print(shaded(words, values))
+        axes = text_attribution(words, values)
+    else:
+        axes = _maps(scores, subject)
+    # A title is data: a dollar sign in it must not start a formula.
+    axes.set_title(drawable(title), loc="left", fontsize=8, parse_math=False)
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    for name, value in found.diagnostics.items():
+        if np.ndim(value) == 0:
+            number = np.asarray(value).item()
+            shown = f"{number:.4g}" if isinstance(number, float) else str(number)
+            console.print(plain(f"{name}: {shown}"))
+    if not np.all(found.diagnostics.get("converged", True)):
+        console.print("The scores are not resolved: do not read them as they are.")
+    return figure
+
+
+def spelled(
+    encoding: Encoding, scores: np.ndarray, granularity: Literal["token", "word"]
+) -> tuple[list[str], np.ndarray]:
+    """Words with the characters before them, and the score of each."""
+    words, values, reached = [], [], [0] * len(encoding.texts)
+    for piece in encoding.pieces(scores, granularity=granularity):
+        if piece.part < 0:
+            words.append(f" {piece.text}" if words else piece.text)
+        else:
+            # Parts of one character, such as an emoji, are spelled once.
+            begin = max(piece.begin, reached[piece.part])
+            gap = encoding.texts[piece.part][reached[piece.part] : begin]
+            after_name = words and not reached[piece.part] and not gap
+            reached[piece.part] = max(piece.end, begin)
+            text = encoding.texts[piece.part][begin : piece.end]
+            words.append((" " if after_name else gap) + text)
+        values.append(piece.score)
+    return words, np.array(values)
+
+
+def shaded(words: list[str], scores: np.ndarray) -> Text:
+    """Words on the colours of their scores: red raises, blue lowers the output.
+
+    Scores without negative values are orange.
+    """
+    limit = float(np.nanmax(np.abs(scores), initial=0.0)) or 1.0
+    signed = bool((scores < 0).any())
+    line = Text()
+    for word, score in zip(words, scores, strict=True):
+        letters = word.lstrip()
+        line.append(_harmless(word[: len(word) - len(letters)]))
+        share = abs(score) / limit
+        if not share > _FAINT:
+            line.append(_harmless(letters))
+            continue
+        full = _ALONE if not signed else _RAISES if score > 0 else _LOWERS
+        color = [round(255 + share * (part - 255)) for part in full]
+        style = f"black on rgb({color[0]},{color[1]},{color[2]})"
+        line.append(_harmless(letters), style=style)
+    return line
+
+
+def plain(text: str) -> Text:
+    """Text that is neither markup nor a command to the terminal."""
+    return Text(_harmless(text))
+
+
+def _harmless(text: str) -> str:
+    def obeyed(character: str) -> bool:
+        kind = unicodedata.category(character)
+        return kind in ("Cc", "Cf", "Cs") and character not in "\n\t" + _JOINERS
+
+    return "".join("\ufffd" if obeyed(character) else character for character in text)
+
+
+def _maps(scores: np.ndarray, subject: Subject) -> Axes:
+    """Draws the image, and beside it the scores of its pixels or patches."""
+    image = None
+    if isinstance(subject.view, ImageView):
+        image = subject.view.shown / 255
+        if scores.ndim == 1:
+            scores = subject.view.as_grid(scores)
+    elif scores.ndim == 1 or scores.ndim > 3:
+        raise ValueError(
+            f"scores of {list(scores.shape)} are no picture; a text or an image is "
+            "drawn, or an array [height, width] or [height, width, channels]"
+        )
+    elif np.asarray(subject.args[0]).ndim == 2:
+        image = np.asarray(subject.args[0], np.float64)
+        low, high = float(image.min()), float(image.max())
+        image = (image - low) / ((high - low) or 1.0)
+    height, width = scores.shape[:2] if image is None else image.shape[:2]
+    figure = Figure(figsize=(6, 3 * height / width + 0.1), layout="compressed")
+    left, right = figure.subplots(1, 2)
+    if image is not None:
+        left.imshow(image, cmap="gray", extent=(0, 1, 1, 0), aspect=height / width)
+    left.set(xticks=[], yticks=[], xlim=(0, 1), ylim=(1, 0))
+    image_attribution(scores, image, ax=right)
+    right.set_aspect(height / width)
+    return left
