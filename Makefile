@@ -33,12 +33,15 @@ else
 	$(PYTHON312) -m venv $(NEWEST)
 	$(NEWEST)/bin/pip install -q --disable-pip-version-check -c constraints.txt -e ".[smoke]"
 	$(NEWEST)/bin/python -m pytest -q -n 2 tests/contract -k \
-	  "float32 or jit_equals or vmap_equals or linear or completeness or refused"
+	  "float32 or equals or linear or completeness or refused"
 endif
 
 benchmarks: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/integrated_gradients.py
 	$(BIN)/python benchmarks/rollout.py
+	$(BIN)/python benchmarks/tracing.py
+	$(BIN)/python benchmarks/attention_rows.py
+	$(BIN)/python benchmarks/loading.py
 
 python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

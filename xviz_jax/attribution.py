@@ -18,7 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from xviz_jax import tracing
+from xviz_jax.tracing import Site
+from xviz_jax.tracing.site import select
 
+# A site, its name, or several of them; None for the argument itself.
+At = str | Site | Sequence[str | Site] | None
 # None, a class, a pair of classes, or a function of the logits.
 Target = Any
 
@@ -39,6 +43,17 @@ class Attribution:
     scores: Any
     output: jax.Array
     diagnostics: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """A baseline that is made of more than the explained input.
+
+    Attributes:
+      of: Maps a question to a baseline of its input.
+    """
+
+    of: Callable[["Question"], Any]
 
 
 def hold(target: Target, logits: jax.Array) -> Target:
@@ -149,30 +164,68 @@ class Question:
       model: Maps such an input to the model's logits.
       scores: Brings float32 scores shaped like `x` into the form that is returned.
       embed: For tokens, the embeddings of other tokens of the same shape.
+      tokens: For tokens, the explained argument itself.
+      carry: With `at`, the activation that another value of the argument leads to.
+      place: A function and its arguments that compute the logits of such an input;
+        unlike `model`, they can be traced for sites by name.
     """
 
     x: Any
     model: Callable[[Any], jax.Array]
     scores: Callable[[Any], Any]
     embed: Callable[[Any], Any] | None = None
+    tokens: jax.Array | None = None
+    carry: Callable[[Any], Any] | None = None
+    place: Callable[[Any], tuple[Callable, Sequence[Any]]] | None = None
+
+    def fix(self, target: Target) -> tuple[jax.Array, Callable[[Any], jax.Array]]:
+        """Holds a target at the explained input.
+
+        Args:
+          target: As a user gives it.
+
+        Returns:
+          The explained scalar there, and the function that computes it of any input.
+        """
+        logits = self.model(self.x)
+        held = hold(target, logits)
+
+        def scalar(other: Any) -> jax.Array:
+            return explained(held, self.model(other))
+
+        return explained(held, logits), scalar
 
 
-def ask(model: Callable, args: Sequence[Any], argnums: int | Sequence[int]) -> Question:
+def ask(
+    model: Callable,
+    args: Sequence[Any],
+    argnums: int | Sequence[int],
+    at: At = None,
+) -> Question:
     """Splits what is explained from the other positional arguments.
 
     Float arguments are explained themselves. An integer argument is explained at
     the rows of the tables it looks up, found by tracing, with one score for each
-    token.
+    token. With `at`, the activation of a traced site is explained instead, and what
+    the model computes before it is not evaluated again.
 
     Args:
       model: Maps one example to logits.
       args: Its positional arguments.
       argnums: Which of them are explained, as in `jax.grad`.
+      at: A site or its name, or several; scores of several are a dict by name.
 
     Raises:
       ValueError: If there is no such argument, or it is neither made of floats nor
-        an array of tokens that the model looks up.
+        an array of tokens that the model looks up; if there is no such site.
     """
+    question = _ask_of_argument(model, args, argnums)
+    return question if at is None else _ask_of_site(model, args, question, at)
+
+
+def _ask_of_argument(
+    model: Callable, args: Sequence[Any], argnums: int | Sequence[int]
+) -> Question:
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     for number in numbers:
         if not -len(args) <= number < len(args):
@@ -192,14 +245,22 @@ def ask(model: Callable, args: Sequence[Any], argnums: int | Sequence[int]) -> Q
             got = getattr(leaf, "dtype", type(leaf).__name__)
             raise ValueError(f"the explained input must be a float array, got {got}")
 
-    def seen(other: Any) -> jax.Array:
+    def place(other: Any) -> tuple[Callable, list[Any]]:
         filled = list(args)
         others = (other,) if isinstance(argnums, int) else other
         for number, each in zip(numbers, others, strict=True):
             filled[number] = each
-        return model(*filled)
+        return model, filled
 
-    return Question(x, seen, lambda scores: scores)
+    return Question(x, _run(place), lambda scores: scores, place=place)
+
+
+def _run(place: Callable[[Any], tuple[Callable, Sequence[Any]]]) -> Callable:
+    def seen(other: Any) -> jax.Array:
+        function, args = place(other)
+        return function(*args)
+
+    return seen
 
 
 def _has_kind(leaf: Any, kind: Any) -> bool:
@@ -228,9 +289,9 @@ def _ask_of_tokens(model: Callable, args: Sequence[Any], number: int) -> Questio
 
     x = embed(tokens)
 
-    def seen(other: dict[str, jax.Array]) -> jax.Array:
+    def place(other: dict[str, jax.Array]) -> tuple[Callable, list[Any]]:
         moved = jax.tree.map(lambda new, old: new - old, other, x)
-        return tracing.perturb(model, names)(moved, *args)
+        return tracing.perturb(model, names), [moved, *args]
 
     def scores(each: dict[str, jax.Array]) -> jax.Array:
         """One score for each token, summed over features and tables."""
@@ -239,7 +300,73 @@ def _ask_of_tokens(model: Callable, args: Sequence[Any], number: int) -> Questio
         ]
         return sum(summed[1:], summed[0])
 
-    return Question(x, seen, scores, embed)
+    return Question(x, _run(place), scores, embed, tokens, place=place)
+
+
+def sites_at(model: Callable, args: Sequence[Any], at: At) -> tuple[Site, ...]:
+    """The sites that `at` names.
+
+    Raises:
+      ValueError: If there are none.
+    """
+    wanted = (at,) if isinstance(at, str | Site) else tuple(at or ())
+    sites = select(tracing.sites(model, *args), wanted)
+    if not sites:
+        raise ValueError(f"`at` names at least one site, got {at!r}")
+    return sites
+
+
+def named(at: At, values: dict[str, Any]) -> Any:
+    """What was found at each site: bare for one site, a dict for several."""
+    return next(iter(values.values())) if isinstance(at, str | Site) else values
+
+
+def _ask_of_site(
+    model: Callable, args: Sequence[Any], question: Question, at: At
+) -> Question:
+    """The same question of what a site holds, in place of the argument."""
+    wanted = (at,) if isinstance(at, str | Site) else tuple(at or ())
+    sites = select(tracing.sites(model, *args), wanted)
+    if not sites:
+        raise ValueError(f"`at` names at least one site, got {at!r}")
+    values = {site.name: _value(site) for site in sites}
+
+    one = isinstance(at, str | Site)
+
+    def read(function: Callable, args: Sequence[Any]) -> Any:
+        capture = tracing.capture(function, tuple(values.values()), list(values))
+        _, found = capture(*args)
+        named = {name: found[name][value] for name, value in values.items()}
+        return named[sites[0].name] if one else named
+
+    def carry(other: Any) -> Any:
+        assert question.place is not None
+        return read(*question.place(start(other, question)))
+
+    x = read(model, args)
+    # Inside a loop a rule cannot tell the turns apart; what is added can.
+    looped = [site.name for site in sites if site.loops]
+    plain = [site.name for site in sites if not site.loops]
+
+    def seen(other: Any) -> jax.Array:
+        new = {sites[0].name: other} if one else other
+        old = {sites[0].name: x} if one else x
+        function = model
+        if plain:
+            function = tracing.replace(function, lambda site, _: new[site.name], plain)
+        if not looped:
+            return function(*args)
+        moved = {name: new[name] - old[name] for name in looped}
+        return tracing.perturb(function, looped)(moved, *args)
+
+    return Question(x, seen, lambda scores: scores, carry=carry)
+
+
+def _value(site: Site) -> str:
+    for value in ("activation", "probabilities"):
+        if value in site.values:
+            return value
+    raise ValueError(f"nothing of {site.name!r} can be explained: {site.why}")
 
 
 def _is_array(leaf: Any) -> bool:
@@ -251,14 +378,17 @@ def start(baseline: Any, question: Question) -> Any:
 
     Args:
       baseline: None for zeros, a number, an array or pytree shaped like the input,
-        or a function of the input that returns one of these. For tokens, the input
-        is their embeddings; an integer array of other tokens stands for theirs.
+        or a function of the input that returns one of these; a `Beginning` of
+        `xv.baselines`. For tokens, the input is their embeddings; an integer array
+        of other tokens stands for theirs. With `at` it is the activation.
       question: What is explained.
 
     Raises:
       ValueError: If the shapes differ.
     """
     x = question.x
+    if isinstance(baseline, Beginning):
+        baseline = baseline.of(question)
     if callable(baseline):
         baseline = baseline(x)
     if baseline is None:
@@ -287,6 +417,47 @@ def start(baseline: Any, question: Question) -> Any:
 def _is_number(value: Any) -> bool:
     array = isinstance(value, np.ndarray | np.generic | jax.Array)
     return isinstance(value, int | float) or (array and value.ndim == 0)
+
+
+def completeness(
+    scores: Any, output: jax.Array, baseline_output: jax.Array
+) -> dict[str, jax.Array]:
+    """How far scores are from adding up to the change of the output.
+
+    Args:
+      scores: float32 pytree.
+      output: The explained scalar at the input.
+      baseline_output: The same at the baseline.
+
+    Returns:
+      `completeness_gap`, relative to the change; `absolute_gap`, in units of the
+      output, which stays meaningful where the output hardly changes; and
+      `baseline_output`.
+    """
+    summed = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(scores))
+    change = output - baseline_output
+    absolute = jnp.abs(summed - change)
+    # Below this, the change of the output is rounding, and so is the gap.
+    rounding = jnp.finfo(jnp.float32).eps * jnp.maximum(
+        jnp.abs(output), jnp.abs(baseline_output)
+    )
+    floor = jnp.maximum(rounding, jnp.finfo(jnp.float32).tiny)
+    return {
+        "completeness_gap": absolute / jnp.maximum(jnp.abs(change), floor),
+        "absolute_gap": absolute,
+        "baseline_output": baseline_output,
+    }
+
+
+def require_key(key: Any, method: str) -> jax.Array:
+    """Returns the key of a random method.
+
+    Raises:
+      ValueError: If there is none.
+    """
+    if key is None:
+        raise ValueError(f"`{method}` is random: pass `key=jax.random.key(...)`")
+    return key
 
 
 def single(batched_model: Callable) -> Callable:

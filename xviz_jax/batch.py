@@ -1,15 +1,20 @@
-"""Explain many inputs with one compiled program of fixed shape."""
+"""Explain many inputs with compiled programs of one fixed shape."""
 
 import dataclasses
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from xviz_jax.attribution import Attribution
+
+# The share of lanes that may be idle before the host looks for more work.
+_IDLE = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +32,32 @@ class Run:
     run_seconds: float
 
 
+@runtime_checkable
+class Stepwise(Protocol):
+    """An explainer whose inputs need different numbers of evaluations.
+
+    `explain(*args)` is `finish(state, *args)`, of a `state = start(*args)` that went
+    through `state = step(state, *args)` for as long as `running(state)` held. All of
+    it can be under `jit` and `vmap`.
+    """
+
+    def start(self, *args: Any) -> Any:
+        """The state before the first step."""
+        ...
+
+    def step(self, state: Any, *args: Any) -> Any:
+        """The state after the next evaluations."""
+        ...
+
+    def running(self, state: Any) -> jax.Array:
+        """Whether another step is needed."""
+        ...
+
+    def finish(self, state: Any, *args: Any) -> Attribution:
+        """The explanation that a state holds."""
+        ...
+
+
 def run(
     explain: Callable[..., Attribution],
     inputs: Any,
@@ -38,9 +69,15 @@ def run(
 ) -> Run:
     """Explains inputs in microbatches of one shape, compiled once.
 
-    A row depends on its own input and not on its neighbours: the last microbatch is
-    filled up with copies of the last input, and the copies are dropped. Microbatches
-    go round-robin to every local device.
+    A row depends on its own input and not on its neighbours: where inputs run out,
+    a microbatch is filled up with copies, and what comes of them is dropped. Work is
+    spread over all local devices.
+
+    An explainer that is `Stepwise`, as adaptive path methods are, gives each input as
+    many steps as it needs: an input that is done leaves its place in the microbatch
+    to the next one, so all rows of all steps are work. Rows of the result equal
+    `jax.jit(explain)` up to rounding in float32; where rounding decides whether an
+    input needs another step, up to its stated error.
 
     Args:
       explain: What a method returns: explains one example.
@@ -65,36 +102,190 @@ def run(
             f"`microbatch` and `in_flight` are positive, got {microbatch}, {in_flight}"
         )
     total = rows.pop()
-    devices = jax.local_devices()
+    batches = -(-total // microbatch)
+    devices = jax.local_devices()[:batches]
 
-    def batched(shared: tuple[Any, ...], batch: Any) -> Attribution:
-        return jax.vmap(lambda row: explain(*shared, row))(batch)
+    def prepare(device: Any) -> _Steps | _Whole:
+        if isinstance(explain, Stepwise):
+            return _Steps(explain, shared, first, device)
+        return _Whole(explain, shared, first, device)
 
     begin = time.perf_counter()
-    programs = []
-    for device in devices:
-        resident = jax.device_put(shared, device)
-        first = jax.device_put(_rows(inputs, 0, microbatch, total), device)
-        programs.append((resident, jax.jit(batched).lower(resident, first).compile()))
+    first = _rows(inputs, 0, microbatch, total)
+    programs = [prepare(device) for device in devices]
     compiled = time.perf_counter()
 
-    def one(index: int) -> Attribution:
-        resident, program = programs[index % len(devices)]
-        begin = index * microbatch
-        batch = _rows(inputs, begin, microbatch, total)
-        batch = jax.device_put(batch, devices[index % len(devices)])
-        count = min(microbatch, total - begin)
-        done = jax.tree.map(
-            lambda a: a[:count], jax.device_get(program(resident, batch))
-        )
-        if progress is not None:
-            progress(count)
-        return done
+    results = _Results(total, progress)
+    queue = _Queue(inputs, microbatch, total)
+    # No more of them than there is work; a device's second one after each first.
+    workers = (programs * in_flight)[: min(batches, in_flight * len(devices))]
+    with ThreadPoolExecutor(len(workers)) as pool:
+        list(pool.map(lambda program: program.work(queue, results), workers))
+    assert results.attribution is not None
+    done = time.perf_counter()
+    return Run(results.attribution, compiled - begin, done - compiled)
 
-    with ThreadPoolExecutor(in_flight * len(devices)) as pool:
-        parts = list(pool.map(one, range(-(-total // microbatch))))
-    whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-    return Run(whole, compiled - begin, time.perf_counter() - compiled)
+
+class _Queue:
+    """Microbatches that nobody has taken: their rows, and the inputs' numbers."""
+
+    def __init__(self, inputs: Any, microbatch: int, total: int):
+        self._lock = threading.Lock()
+        starts = range(0, total, microbatch)
+        self._batches: Iterator[tuple[Any, np.ndarray]] = (
+            (
+                _rows(inputs, begin, microbatch, total),
+                np.arange(begin, min(begin + microbatch, total)),
+            )
+            for begin in starts
+        )
+
+    def take(self) -> tuple[Any, np.ndarray] | None:
+        with self._lock:
+            return next(self._batches, None)
+
+
+class _Results:
+    """Rows of finished inputs, in the inputs' order."""
+
+    def __init__(self, total: int, progress: Callable[[int], Any] | None):
+        self._lock = threading.Lock()
+        self._total, self._progress = total, progress
+        self.attribution: Any = None
+
+    def put(self, found: Attribution, rows: np.ndarray, numbers: np.ndarray) -> None:
+        """Keeps some rows of a microbatch under their inputs' numbers."""
+        if not len(rows):
+            return
+        found = jax.device_get(found)
+        with self._lock:
+            if self.attribution is None:
+                self.attribution = jax.tree.map(
+                    lambda leaf: np.empty((self._total, *leaf.shape[1:]), leaf.dtype),
+                    found,
+                )
+            for whole, leaf in zip(
+                jax.tree.leaves(self.attribution), jax.tree.leaves(found), strict=True
+            ):
+                whole[numbers] = leaf[rows]
+        if self._progress is not None:
+            self._progress(len(rows))
+
+
+class _Whole:
+    """Explains a microbatch in one call."""
+
+    def __init__(self, explain: Callable, shared: Any, first: Any, device: Any):
+        self._device, self._shared = device, jax.device_put(shared, device)
+
+        def batched(shared: Any, rows: Any) -> Attribution:
+            return jax.vmap(lambda row: explain(*shared, row))(rows)
+
+        first = jax.device_put(first, device)
+        self._program = jax.jit(batched).lower(self._shared, first).compile()
+
+    def work(self, queue: _Queue, results: _Results) -> None:
+        while (batch := queue.take()) is not None:
+            rows, numbers = batch
+            found = self._program(self._shared, jax.device_put(rows, self._device))
+            results.put(found, np.arange(len(numbers)), numbers)
+
+
+class _Steps:
+    """Keeps lanes, each with an input and how far it has come.
+
+    Inputs start a microbatch at a time and wait in a pool for a free lane.
+    """
+
+    def __init__(self, explain: Stepwise, shared: Any, first: Any, device: Any):
+        self._device, self._shared = device, jax.device_put(shared, device)
+        self._size = len(jax.tree.leaves(first)[0])
+
+        def start(shared: Any, rows: Any) -> Any:
+            return rows, jax.vmap(lambda row: explain.start(*shared, row))(rows)
+
+        def refill(lanes: Any, pool: Any, take: jax.Array) -> Any:
+            """Lanes, where `take` is not negative, begin with a row of the pool."""
+
+            def pick(old: jax.Array, new: jax.Array) -> jax.Array:
+                fresh = (take >= 0).reshape(-1, *(1,) * (old.ndim - 1))
+                return jnp.where(fresh, new[jnp.maximum(take, 0)], old)
+
+            return jax.tree.map(pick, lanes, pool)
+
+        def advance(
+            shared: Any, lanes: Any, used: jax.Array, least: jax.Array
+        ) -> tuple[Any, jax.Array, Attribution]:
+            """Steps for as long as `least` lanes are busy."""
+            rows, states = lanes
+
+            def busy(states: Any) -> jax.Array:
+                return used & jax.vmap(explain.running)(states)
+
+            def one(row: Any, state: Any, go: jax.Array) -> Any:
+                after = explain.step(state, *shared, row)
+                return jax.tree.map(lambda a, b: jnp.where(go, a, b), after, state)
+
+            states = jax.lax.while_loop(
+                lambda states: jnp.sum(busy(states)) >= least,
+                lambda states: jax.vmap(one)(rows, states, busy(states)),
+                states,
+            )
+            found = jax.vmap(lambda row, s: explain.finish(s, *shared, row))(
+                rows, states
+            )
+            return (rows, states), busy(states), found
+
+        flags = jax.device_put(np.zeros(self._size, bool), device)
+        number = jax.device_put(np.int32(1), device)
+        take = jax.device_put(np.zeros(self._size, np.int32), device)
+        first = jax.device_put(first, device)
+        lanes = jax.eval_shape(start, self._shared, first)
+        placed = jax.sharding.SingleDeviceSharding(device)
+        lanes = jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed), lanes
+        )
+        compile_of = lambda function, *args: jax.jit(function).lower(*args).compile()
+        self._start = compile_of(start, self._shared, first)
+        self._refill = compile_of(refill, lanes, lanes, take)
+        self._advance = compile_of(advance, self._shared, lanes, flags, number)
+
+    def work(self, queue: _Queue, results: _Results) -> None:
+        lanes = pool = None
+        waiting = np.array([], int)  # Rows of the pool that no lane has taken.
+        inside, pooled = np.full(self._size, -1), np.array([], int)
+        more = True
+        while more or len(waiting) or np.any(inside >= 0):
+            while np.any(inside < 0) and (more or len(waiting)):
+                if not len(waiting):
+                    batch = queue.take()
+                    if batch is None:
+                        more = False
+                        break
+                    rows, pooled = batch
+                    pool = self._start(self._shared, self._put(rows))
+                    waiting = np.arange(len(pooled))
+                    lanes = pool if lanes is None else lanes
+                free = np.flatnonzero(inside < 0)[: len(waiting)]
+                chosen, waiting = waiting[: len(free)], waiting[len(free) :]
+                take = np.full(self._size, -1, np.int32)
+                take[free], inside[free] = chosen, pooled[chosen]
+                lanes = self._refill(lanes, pool, self._put(take))
+            used = inside >= 0
+            if not np.any(used):
+                break
+            # With nothing to put in their place, idle lanes are no reason to stop.
+            least = self._size - self._size // _IDLE if more or len(waiting) else 1
+            least = np.int32(min(least, used.sum()))
+            lanes, busy, found = self._advance(
+                self._shared, lanes, self._put(used), self._put(least)
+            )
+            done = np.flatnonzero(used & ~np.asarray(busy))
+            results.put(found, done, inside[done])
+            inside[done] = -1
+
+    def _put(self, value: Any) -> Any:
+        return jax.device_put(value, self._device)
 
 
 def _rows(inputs: Any, begin: int, count: int, total: int) -> Any:

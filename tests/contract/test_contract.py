@@ -1,5 +1,12 @@
-"""What every method promises, whichever it is."""
+"""What every method promises, whichever it is.
 
+A method is compiled a few times only: for one input with a class and with a pair of
+classes, for a batch, for a batch on four devices, and in half precision. Everything
+that is about shapes, or about what is refused, is traced and not compiled.
+"""
+
+import collections
+import functools
 from functools import partial
 
 import jax
@@ -9,6 +16,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import xviz_jax as xv
+from tests.contract.quick import quick_compilation as quick_compilation
 from tests.contract.table import (
     CLASSES,
     LENGTH,
@@ -21,11 +29,26 @@ from tests.contract.table import (
 )
 
 WEIGHTS = parameters()
+ROWS = 4
+# How often each method's program was traced so far.
+TRACES = collections.Counter()
 near = partial(np.testing.assert_allclose, rtol=5e-5, atol=1e-5)
 
 
-def model(x):
-    return transformer(WEIGHTS, x)
+@pytest.fixture
+def weights(method: Method):
+    """Two layers where they matter, one where they only take longer to compile."""
+    return of(method)
+
+
+@pytest.fixture
+def model(weights):
+    """The transformer with its weights closed over."""
+    return partial(transformer, weights)
+
+
+def of(method: Method):
+    return WEIGHTS if method.inside else WEIGHTS[1:]
 
 
 def close(left, right):
@@ -33,179 +56,193 @@ def close(left, right):
         near(a, b)
 
 
+def row(tree, index):
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
 def over(rows):
     return pytest.mark.parametrize("method", rows, ids=lambda method: method.name)
 
 
 every_method = over(METHODS)
-gradient_methods = over([method for method in METHODS if method.like_input])
-complete_methods = over([method for method in METHODS if method.complete])
-linear_methods = over([method for method in METHODS if method.linear is not None])
+on_any_model = over([method for method in METHODS if not method.inside])
 
 
-@pytest.fixture
-def explain(method: Method):
-    """The method's explainer of the transformer, compiled."""
-    compiled = jax.jit(method.make(model), static_argnames="target")
+def make(method: Method, model, **options):
+    explain = method.make(model, **options)
+    return partial(explain, key=jax.random.key(0)) if method.random else explain
 
-    def call(x, *, target=None):
-        if target is None or isinstance(target, int | tuple):
-            return compiled(x, target=target)
-        return method.make(model)(x, target=target)
 
-    return call
+def of_parameters(method: Method):
+    """Explains the transformer with its weights as an argument."""
+    explain = make(method, transformer, **({"argnums": 1} if method.argnums else {}))
+    return lambda weights, x, target: explain(weights, x, target=target)
+
+
+@functools.cache
+def one(name: str):
+    """A method's explanation of one input, compiled; by name, as a row is a value."""
+    explain = of_parameters(by_name(name))
+
+    def counted(*args):
+        TRACES[name] += 1
+        return explain(*args)
+
+    return jax.jit(counted)
+
+
+def once(method: Method, x, target, weights=None):
+    """The compiled explanation of one input."""
+    weights = of(method) if weights is None else weights
+    # A number would be another type, and another program, than an array.
+    return one(method.name)(weights, x, jax.tree.map(jnp.int32, target))
+
+
+@functools.cache
+def many(name: str):
+    """A method's explanations of a batch with a target for each, compiled."""
+    return jax.jit(jax.vmap(of_parameters(by_name(name)), in_axes=(None, 0, 0)))
+
+
+def by_name(name: str) -> Method:
+    return next(method for method in METHODS if method.name == name)
 
 
 @every_method
-def test_scores_are_a_float32_pytree(method, explain):
-    attribution = explain(example())
+def test_scores_are_a_float32_pytree(method):
+    attribution = once(method, example(), 1)
     assert isinstance(attribution, xv.Attribution)
     assert attribution.scores.dtype == jnp.float32
-    expected = (LENGTH, WIDTH) if method.like_input else (LENGTH,)
+    expected = (LENGTH, WIDTH) if method.scores == "input" else (LENGTH,)
     assert attribution.scores.shape == expected
     assert attribution.output.shape == ()
     assert attribution.output.dtype == jnp.float32
     leaves, tree = jax.tree.flatten(attribution)
     assert all(isinstance(leaf, jax.Array) for leaf in leaves)
     assert isinstance(jax.tree.unflatten(tree, leaves), xv.Attribution)
+    assert np.isfinite(attribution.scores).all()
     assert np.abs(attribution.scores).max() > 0
 
 
 @every_method
-def test_jit_equals_eager(method):
-    explain = method.make(model)
-    close(jax.jit(explain)(example()), explain(example()))
+def test_eager_equals_jit_and_the_default_is_the_predicted_class(
+    method, model, weights
+):
+    """Eager, weights closed over, no target; jit, weights and class as arguments."""
+    predicted = jnp.argmax(model(example()))
+    eager = make(method, model)(example())
+    close(eager, once(method, example(), predicted))
+    near(eager.output, model(example()).max())
 
 
 @every_method
-def test_vmap_equals_a_loop(method, explain):
-    batch = example(3)
-    stacked = jax.jit(jax.vmap(explain))(batch)
-    for index, row in enumerate(batch):
-        close(jax.tree.map(lambda leaf, i=index: leaf[i], stacked), explain(row))
+def test_parameters_matter_and_one_trace_serves_all(method, weights):
+    first = once(method, example(), 1)
+    traced = TRACES[method.name]
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, weights)
+    changed = once(method, example(), 1, doubled)
+    assert not np.allclose(changed.scores, first.scores, rtol=1e-3)
+    for seed in range(3):
+        once(method, example() + seed, seed)
+    assert TRACES[method.name] == traced > 0
 
 
 @every_method
-def test_padding_a_batch_changes_nothing(method, explain):
-    program = jax.jit(jax.vmap(explain))
-    batch = example(3)
-    padded = jnp.concatenate([batch, 1e3 * jnp.ones((2, LENGTH, WIDTH))])
-    close(jax.tree.map(lambda leaf: leaf[:3], program(padded)), program(batch))
+def test_a_batch_equals_a_loop_whatever_the_neighbours(method):
+    targets = jnp.array([2, 0, 3, 1])
+    batch = example(ROWS)
+    stacked = many(method.name)(of(method), batch, targets)
+    for index in range(ROWS):
+        alone = once(method, batch[index], targets[index])
+        close(row(stacked, index), alone)
+    crowd = batch.at[2:].set(1e3)
+    beside = many(method.name)(of(method), crowd, targets)
+    for index in range(2):
+        close(row(beside, index), row(stacked, index))
 
 
-@every_method
-def test_one_trace_per_shape(method):
-    traces = 0
-
-    def counted(x):
-        nonlocal traces
-        traces += 1
-        return transformer(WEIGHTS, x)
-
-    program = jax.jit(method.make(counted))
-    program(example())
-    first = traces
-    for seed in range(9):
-        program(example() + seed)
-    assert traces == first > 0
-
-
-@every_method
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_sharded_equals_a_single_device(method, explain, kind):
-    mesh = jax.make_mesh((4,), ("batch",), axis_types=(kind,))
-    batch = example(8)
-    placed = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("batch")))
-    program = jax.jit(jax.vmap(explain))
-    close(program(placed), program(batch))
+@over([method for method in METHODS if "-" not in method.name])
+def test_sharded_equals_a_single_device(method):
+    batch, targets = example(ROWS), jnp.arange(ROWS)
+    function = jax.vmap(of_parameters(method), in_axes=(None, 0, 0))
+    expected = many(method.name)(of(method), batch, targets)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((4,), ("batch",), axis_types=(kind,))
+        spec = NamedSharding(mesh, PartitionSpec("batch"))
+        placed = jax.device_put((batch, targets), spec)
+        with jax.set_mesh(mesh):
+            if kind is AxisType.Auto:
+                close(jax.jit(function)(of(method), *placed), expected)
+            else:
+                scores = jax.eval_shape(jax.jit(function), of(method), *placed).scores
+                assert scores.sharding.spec[0] == "batch"
 
 
-@every_method
-def test_shard_map_equals_a_single_device(method, explain):
+@over([method for method in METHODS if "-" not in method.name])
+def test_shard_map_is_traced(method, weights):
     mesh = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Auto,))
     spec = PartitionSpec("batch")
-    batch = example(8)
+    function = partial(of_parameters(method), weights)
     mapped = jax.shard_map(
-        jax.vmap(explain), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+        jax.vmap(function),
+        mesh=mesh,
+        in_specs=spec,
+        out_specs=spec,
+        check_vma=False,
     )
-    close(jax.jit(mapped)(batch), jax.jit(jax.vmap(explain))(batch))
+    scores = jax.eval_shape(mapped, example(ROWS), jnp.arange(ROWS)).scores
+    assert scores.shape[0] == ROWS
 
 
 @every_method
-def test_parameters_may_be_arguments(method, explain):
-    if method.name.startswith("attention"):
-        other = method.make(transformer)
-    else:
-        other = method.make(transformer, argnums=1)
-    close(jax.jit(other)(WEIGHTS, example()), explain(example()))
-    doubled = jax.tree.map(lambda leaf: 2 * leaf, WEIGHTS)
-    changed = jax.jit(other)(doubled, example()).scores
-    assert not np.allclose(changed, explain(example()).scores, rtol=1e-3)
-
-
-@every_method
-def test_bfloat16_gives_float32_scores(method):
-    halved = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), WEIGHTS)
-    half = method.make(lambda x: transformer(halved, x))
-    rounded = example().astype(jnp.bfloat16)
-    target = int(jnp.argmax(model(example())))
-    scores = half(rounded, target=target).scores
-    full = method.make(model)(example(), target=target).scores
-    assert scores.dtype == jnp.float32
-    assert np.corrcoef(scores.ravel(), full.ravel())[0, 1] > 0.99
+def test_bfloat16_gives_float32_scores(method, weights):
+    halved = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), weights)
+    half = once(method, example().astype(jnp.bfloat16), 1, halved).scores
+    assert half.dtype == jnp.float32
+    full = once(method, example(), 1).scores
+    assert np.corrcoef(half.ravel(), full.ravel())[0, 1] > method.bfloat16
 
 
 class TestTargets:
     @every_method
-    def test_none_is_the_predicted_class(self, method, explain):
-        predicted = int(jnp.argmax(model(example())))
-        close(explain(example()), explain(example(), target=predicted))
+    def test_every_class(self, method, model):
+        logits = model(example())
+        found = [once(method, example(), c) for c in range(CLASSES)]
+        near(jnp.stack([each.output for each in found]), logits)
+        first, second = found[1].scores, found[2].scores
+        assert np.array_equal(first, second) == method.class_blind
 
     @every_method
-    def test_traced_integer(self, method, explain):
-        traced = jax.jit(lambda x, target: explain(x, target=target))
-        for target in range(CLASSES):
-            close(traced(example(), target), explain(example(), target=target))
+    def test_pair_is_a_difference(self, method):
+        pair = once(method, example(), (1, 2))
+        first, second = (once(method, example(), c) for c in (1, 2))
+        near(pair.output, first.output - second.output)
+        if method.additive:
+            difference = first.scores - second.scores
+            np.testing.assert_allclose(pair.scores, difference, rtol=1e-4, atol=2e-5)
 
     @every_method
-    def test_one_target_per_example(self, method, explain):
-        targets = jnp.array([2, 0, 3])
-        batch = jax.vmap(explain)(example(3), target=targets)
-        for index, target in enumerate([2, 0, 3]):
-            close(
-                jax.tree.map(lambda leaf, i=index: leaf[i], batch),
-                explain(example(3)[index], target=target),
-            )
+    def test_callable(self, method, model):
+        """A function of the logits that looks at all of them; traced only."""
+        seen = []
+
+        def target(logits):
+            seen.append(logits.shape)
+            return jnp.sum(logits)
+
+        found = jax.eval_shape(partial(make(method, model), target=target), example())
+        assert set(seen) == {(CLASSES,)}
+        assert found.output.shape == ()
 
     @every_method
-    def test_pair_is_a_difference(self, method, explain):
-        pair = explain(example(), target=(1, 2))
-        one, two = (explain(example(), target=target) for target in (1, 2))
-        near(pair.output, one.output - two.output)
-        if method.complete or method.name in ("saliency-signed", "input_x_gradient"):
-            np.testing.assert_allclose(
-                pair.scores, one.scores - two.scores, rtol=1e-4, atol=1e-5
-            )
-
-    @every_method
-    def test_callable(self, method, explain):
-        mine = explain(example(), target=lambda logits: logits[1])
-        close(mine, explain(example(), target=1))
-
-    @every_method
-    def test_class_blind_methods_ignore_it(self, method, explain):
-        one, two = (explain(example(), target=target).scores for target in (1, 2))
-        assert np.array_equal(one, two) == method.class_blind
-
-    @every_method
-    def test_a_traced_class_outside_the_logits_is_not_a_number(self, method, explain):
+    def test_a_traced_class_outside_the_logits_is_not_a_number(self, method):
         for target in (CLASSES, -1):
-            outside = jax.jit(lambda x, t: explain(x, target=t))(example(), target)
-            assert np.isnan(outside.output)
+            assert np.isnan(once(method, example(), target).output)
 
-    @pytest.mark.parametrize(
-        ("target", "said"),
-        [
+    @every_method
+    def test_wrong_ones_are_refused(self, method, model):
+        explain = make(method, model)
+        for target, said in [
             (CLASSES, "from 0 to 3, got 4"),
             (-1, "from 0 to 3, got -1"),
             (1.0, "None, an integer, a pair of integers or a callable, got 1.0"),
@@ -217,127 +254,131 @@ class TestTargets:
             (np.array(0.5), "an integer"),
             (lambda logits: logits, r"returns one float, got \(4,\)"),
             (lambda logits: jnp.argmax(logits), "returns one float, got int32"),
-        ],
-    )
-    @every_method
-    def test_wrong_ones_are_refused(self, method, explain, target, said):
-        with pytest.raises(ValueError, match=said):
-            explain(example(), target=target)
+        ]:
+            with pytest.raises(ValueError, match=said):
+                jax.eval_shape(partial(explain, target=target), example())
 
 
 class TestInputs:
     @every_method
-    def test_batched_models_are_refused(self, method):
+    def test_batched_models_are_refused(self, method, model):
         def batched(x):
             return jax.vmap(model)(x[None])
 
         with pytest.raises(ValueError, match=r"got \(1, 4\); use `xv.single`"):
-            method.make(batched)(example())
-        single = method.make(xv.single(jax.vmap(model)))
-        close(single(example()), method.make(model)(example()))
+            jax.eval_shape(make(method, batched), example())
+        single = make(method, xv.single(jax.vmap(model)))
+        if method.inside:
+            expected = once(method, example(), 1)
+            found = jax.jit(partial(single, target=1))(example())
+            near(found.scores.reshape(expected.scores.shape), expected.scores)
+        else:
+            jax.eval_shape(single, example())
 
     @every_method
-    def test_models_must_return_one_float_array(self, method):
+    def test_models_must_return_one_float_array(self, method, model):
+        twice = make(method, lambda x: (model(x), x))
         with pytest.raises(ValueError, match="one array of logits, got tuple"):
-            method.make(lambda x: (model(x), model(x)))(example())
+            jax.eval_shape(twice, example())
+        whole = make(method, lambda x: (9 * model(x)).astype(jnp.int32))
         with pytest.raises(ValueError, match="floats, got int32"):
-            method.make(lambda x: (9 * model(x)).astype(jnp.int32))(example())
+            jax.eval_shape(whole, example())
 
-    @gradient_methods
-    def test_inputs_must_be_floats(self, method):
+    @on_any_model
+    def test_inputs_must_be_floats(self, method, model):
+        cast = make(method, lambda x: model(x.astype(jnp.float32)))
         with pytest.raises(ValueError, match=r"int32\[5, 8\]: it must look up"):
-            method.make(lambda x: model(x.astype(jnp.float32)))(
-                jnp.ones((LENGTH, WIDTH), jnp.int32)
-            )
+            jax.eval_shape(cast, jnp.ones((LENGTH, WIDTH), jnp.int32))
+        fixed = make(method, lambda x: model(example()))
         with pytest.raises(ValueError, match="must be a float array, got bool"):
-            method.make(lambda x: model(example()))(jnp.ones(3, bool))
+            jax.eval_shape(fixed, jnp.ones(3, bool))
         with pytest.raises(ValueError, match="no arrays"):
-            method.make(lambda x: model(example()))(())
+            fixed(())
 
-    @gradient_methods
-    def test_argnums_must_exist(self, method):
+    @on_any_model
+    def test_argnums_must_exist(self, method, model):
         with pytest.raises(ValueError, match="`argnums` is 3, but 1 positional"):
-            method.make(model, argnums=3)(example())
+            jax.eval_shape(make(method, model, argnums=3), example())
 
-    @gradient_methods
-    def test_several_arguments_at_once(self, method):
-        both = method.make(lambda a, b: model(a + b), argnums=(0, 1))
-        left, right = both(example(), 0.5 * example(), target=1).scores
-        alone = method.make(lambda a: model(a + 0.5 * example()))
-        if not method.complete:
-            close(left, alone(example(), target=1).scores)
+    @over([method for method in METHODS if method.many])
+    def test_several_arguments_at_once(self, method, model):
+        both = make(method, lambda a, b: model(a + b), argnums=(0, 1))
+        left, right = jax.eval_shape(both, example(), example()).scores
         assert left.shape == right.shape == (LENGTH, WIDTH)
 
-    @gradient_methods
-    def test_pytrees(self, method):
-        mapped = method.make(lambda x: model(x["left"] + x["right"]))
+    @over([method for method in METHODS if method.halves])
+    def test_pytrees(self, method, model):
+        mapped = make(method, lambda x: model(x["left"] + x["right"]))
         half = 0.5 * example()
-        scores = mapped({"left": half, "right": half}, target=2).scores
-        whole = method.make(model)(example(), target=2).scores
-        if method.complete or method.name == "input_x_gradient":
-            close(scores["left"] + scores["right"], whole)
-        else:
-            close(scores["left"], whole)
+        inputs = {"left": half, "right": half}
+        scores = jax.jit(partial(mapped, target=2))(inputs).scores
+        whole = once(method, example(), 2).scores
+        both = scores["left"] + scores["right"]
+        close(both if method.halves == "sum" else scores["left"], whole)
+
+    @over([method for method in METHODS if method.random])
+    def test_a_random_method_needs_a_key_and_obeys_it(self, method, model):
+        explain = method.make(model)
+        with pytest.raises(ValueError, match="is random: pass `key="):
+            jax.eval_shape(explain, example())
+
+
+MATRIX = jax.random.normal(jax.random.key(1), (CLASSES, WIDTH))
+POINT, START = jax.random.normal(jax.random.key(2), (2, WIDTH))
 
 
 class TestClosedForms:
-    @linear_methods
+    @over([method for method in METHODS if method.linear is not None])
     def test_linear(self, method):
-        matrix = jax.random.normal(jax.random.key(1), (CLASSES, WIDTH))
-        x = jax.random.normal(jax.random.key(2), (WIDTH,))
-        scores = method.make(lambda x: matrix @ x)(x, target=2).scores
-        np.testing.assert_allclose(scores, method.linear(x, matrix[2]), rtol=1e-5)
+        explain = make(method, lambda x: MATRIX @ x)
+        scores = jax.jit(partial(explain, target=2))(POINT).scores
+        expected = method.linear(POINT, MATRIX[2])
+        np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
 
-    @complete_methods
+    @over([method for method in METHODS if method.from_baseline])
     def test_linear_from_a_baseline(self, method):
-        matrix = jax.random.normal(jax.random.key(1), (CLASSES, WIDTH))
-        x, start = jax.random.normal(jax.random.key(2), (2, WIDTH))
-        for baseline in (start, lambda x: start):
-            explain = method.make(lambda x: matrix @ x, baseline=baseline)
-            attribution = explain(x, target=2)
-            expected = matrix[2] * (x - start)
-            np.testing.assert_allclose(
-                attribution.scores, expected, rtol=2e-5, atol=1e-6
-            )
-        number = method.make(lambda x: matrix @ x, baseline=0.5)(x, target=2)
-        np.testing.assert_allclose(
-            number.scores, matrix[2] * (x - 0.5), rtol=2e-5, atol=1e-6
-        )
+        """A number, an array, one that is traced, and a function of the input."""
 
-    @complete_methods
+        def explain(x, traced):
+            makes = (0.5, START, traced, lambda x: traced)
+            given = [make(method, lambda x: MATRIX @ x, baseline=b) for b in makes]
+            return [each(x, target=2).scores for each in given]
+
+        found = jax.jit(explain)(POINT, START)
+        for scores, start in zip(found, (0.5, START, START, START), strict=True):
+            expected = MATRIX[2] * (POINT - start)
+            np.testing.assert_allclose(scores, expected, rtol=5e-5, atol=2e-6)
+
+    @over([method for method in METHODS if method.quadratic])
     def test_quadratic(self, method):
-        """The path integral of x'Qx from zero is x * Qx for a symmetric Q."""
+        """From zero, x'Qx gives x * Qx for a symmetric Q."""
         root = jax.random.normal(jax.random.key(4), (WIDTH, WIDTH))
         matrix = root + root.T
-        x = jax.random.normal(jax.random.key(5), (WIDTH,))
-        attribution = method.make(lambda x: (x @ matrix @ x)[None])(x, target=0)
-        error = 2e-3 if "left" in method.name or "right" in method.name else 1e-5
-        expected = x * (matrix @ x)
-        scale = np.abs(expected).max()
-        np.testing.assert_allclose(attribution.scores, expected, atol=error * scale)
+        explain = make(method, lambda x: (x @ matrix @ x)[None])
+        scores = jax.jit(partial(explain, target=0))(POINT).scores
+        expected = POINT * (matrix @ POINT)
+        np.testing.assert_allclose(scores, expected, atol=1e-5 * np.abs(expected).max())
 
-    @gradient_methods
+    @on_any_model
     def test_a_constant_gives_zeros(self, method):
-        attribution = method.make(lambda x: jnp.array([3.0, 4.0]))(example())
-        assert not np.any(attribution.scores)
+        explain = make(method, lambda x: jnp.array([3.0, 4.0]))
+        attribution = jax.jit(explain)(example())
+        assert not np.any(attribution.scores) or not method.zero
         assert attribution.output == 4
         for name, value in attribution.diagnostics.items():
             assert np.all(np.isfinite(value)), name
-        if method.complete:
+        if method.complete is not None:
             assert attribution.diagnostics["completeness_gap"] == 0
-            assert attribution.diagnostics["converged"]
+            assert attribution.diagnostics.get("converged", True)
 
-    @complete_methods
-    def test_completeness(self, method, explain):
-        attribution = explain(example(), target=1)
-        change = model(example())[1] - model(jnp.zeros_like(example()))[1]
-        gap = abs(float(attribution.scores.sum() - change))
-        coarse = "left" in method.name or "right" in method.name
-        assert gap < (5e-3 if coarse else 5e-4) * abs(change)
+    @over([method for method in METHODS if method.complete is not None])
+    def test_completeness(self, method, model):
+        attribution = once(method, example(), 1)
         diagnostics = attribution.diagnostics
-        np.testing.assert_allclose(diagnostics["absolute_gap"], gap, atol=1e-6)
-        np.testing.assert_allclose(
-            diagnostics["completeness_gap"], gap / abs(change), atol=1e-5
-        )
-        near(attribution.output, model(example())[1])
-        assert diagnostics["converged"]
+        change = attribution.output - diagnostics["baseline_output"]
+        gap = abs(float(attribution.scores.sum() - change))
+        assert gap < method.complete * abs(change)
+        near(diagnostics["absolute_gap"], gap, atol=5e-6)
+        near(diagnostics["completeness_gap"], gap / abs(change), atol=2e-5)
+        if method.from_baseline:
+            near(diagnostics["baseline_output"], model(jnp.zeros_like(example()))[1])

@@ -1,5 +1,7 @@
 """Against a float64 reference that shares no code with the library."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,10 @@ import pytest
 
 import xviz_jax as xv
 from tests.contract.table import example, parameters, transformer
+from tests.gradients import convolutional
+from tests.gradients.golden_paths import GOLDENS
+from xviz_jax.gradients.quadrature import RULES
+from xviz_jax.models import embedded
 
 
 def reference(weights, x, start, target, steps=4000):
@@ -38,6 +44,12 @@ def numpy_transformer(weights, x):
     return x[:, 0] @ last["head"]
 
 
+@functools.cache
+def expected_scores():
+    x = np.float64(example())
+    return reference(parameters(), x, np.full_like(x, np.float32(0.3)), target=2)
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 32])
 def test_float64_reference(chunk):
     weights, x = parameters(), example()
@@ -45,7 +57,7 @@ def test_float64_reference(chunk):
     explain = xv.integrated_gradients(
         lambda x: transformer(weights, x), baseline=start, steps=32, chunk=chunk
     )
-    expected = reference(weights, np.float64(x), np.float64(start), target=2)
+    expected = expected_scores()
     scores = jax.jit(explain, static_argnames="target")(x, target=2).scores
     assert np.abs(scores - expected).sum() < 2e-5 * np.abs(expected).sum()
 
@@ -81,12 +93,49 @@ def test_not_a_number_is_marked():
     assert not explain(jnp.ones(3), target=0).diagnostics["converged"]
 
 
+@pytest.mark.parametrize("baseline", ["zeros", "gray"])
+def test_captum_goldens(baseline):
+    """Gauss-Legendre with 50 steps, in float64; see `golden_convolutional.py`."""
+    with np.load(GOLDENS / "convolutional_captum.npz", allow_pickle=False) as stored:
+        expected, steps = stored[baseline], int(stored["steps"])
+    weights, images = convolutional.load(), embedded.images()[0][: len(expected)]
+    explain = xv.integrated_gradients(
+        convolutional.forward,
+        baseline={"zeros": None, "gray": 0.5}[baseline],
+        steps=steps,
+        chunk=10,
+        argnums=1,
+    )
+    program = jax.jit(explain)
+    for image, wanted in zip(images, expected, strict=True):
+        scores = program(weights, image).scores
+        assert np.abs(scores - wanted).sum() < 1e-5 * np.abs(wanted).sum()
+
+
+def exponential(x):
+    return jnp.exp(x.sum(keepdims=True))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_errors_of_fixed_rules_are_near_their_estimates_or_below(rule):
+    x = jnp.array([1.0, 2.0, -0.5])
+    found = xv.integrated_gradients(exponential, steps=9, rule=rule)(x)
+    expected = x * (jnp.exp(2.5) - 1) / 2.5
+    error = np.abs(found.scores - expected).sum() / np.abs(expected).sum()
+    assert error < 1.5 * found.diagnostics["error_estimate"] < 1.5
+
+
+def test_one_node_says_nothing_of_its_error():
+    one = xv.integrated_gradients(exponential, steps=1, rule="midpoint")
+    assert one(jnp.ones(2)).diagnostics["error_estimate"] > 0.5
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"chunk": 0}, "from 1 to 64 steps, got 0"),
-        ({"chunk": 65}, "from 1 to 64 steps, got 65"),
-        ({"chunk": 2.0}, "got 2.0"),
+        ({"steps": 64, "chunk": 0}, "from 1 to 64 steps, got 0"),
+        ({"steps": 64, "chunk": 65}, "from 1 to 64 steps, got 65"),
+        ({"steps": 64, "chunk": 2.0}, "got 2.0"),
         ({"steps": 0}, "positive integer, got 0"),
         ({"rule": "simpson"}, "got 'simpson'"),
     ],

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from xviz_jax.gradients.quadrature import RULES, rule_nodes
+from xviz_jax.gradients.quadrature import RULES, embedded_weights, rule_nodes
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -46,6 +46,39 @@ def test_gauss_legendre_is_exact_to_degree(steps):
     assert abs(missed) > 1e-12
 
 
+@pytest.mark.parametrize("steps", [2, 3, 6, 9])
+def test_clenshaw_curtis_is_exact_to_degree(steps):
+    nodes, weights = rule_nodes("clenshaw_curtis", steps)
+    # Of an odd number, the symmetry gives one degree more.
+    exact = steps + steps % 2
+    for degree in range(exact):
+        np.testing.assert_allclose(
+            weights @ nodes**degree, 1 / (degree + 1), rtol=1e-12
+        )
+    assert abs(weights @ nodes**exact - 1 / (exact + 1)) > 1e-12
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("steps", [2, 3, 16, 101])
+def test_embedded_weights_are_a_coarser_rule_on_the_same_nodes(rule, steps):
+    weights = embedded_weights(rule, steps)
+    np.testing.assert_allclose(weights.sum(), 1, rtol=1e-12)
+    assert np.count_nonzero(weights) == -(-steps // 2)
+    assert np.all(weights >= 0)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_embedded_weights_see_the_error(rule):
+    nodes, weights = rule_nodes(rule, 6)
+    function = 1 / (1 + nodes)
+    error = abs(weights @ function - np.log(2))
+    assert error < 1.5 * abs((weights - embedded_weights(rule, 6)) @ function) < 1
+
+
+def test_nothing_is_coarser_than_one_node():
+    assert embedded_weights("midpoint", 1) == 0
+
+
 @pytest.mark.parametrize(
     ("rule", "steps", "said"),
     [
@@ -54,6 +87,7 @@ def test_gauss_legendre_is_exact_to_degree(steps):
         ("left", 2.0, "positive integer, got 2.0"),
         ("left", True, "positive integer, got True"),
         ("trapezoid", 1, "at least 2 steps, got 1"),
+        ("clenshaw_curtis", 1, "at least 2 steps, got 1"),
     ],
 )
 def test_wrong_calls(rule, steps, said):

@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from xviz_jax.attribution import Attribution, Target
+from xviz_jax.attribution import At, Attribution, Target
 from xviz_jax.gradients.gradient import gradient_at
 
 
 def input_x_gradient(
-    model: Callable, *, argnums: int | Sequence[int] = 0
+    model: Callable, *, at: At = None, argnums: int | Sequence[int] = 0
 ) -> Callable[..., Attribution]:
     """Attributes an output to each input element by its value times its gradient.
 
@@ -20,6 +20,8 @@ def input_x_gradient(
 
     Args:
       model: Maps one example to logits; any JAX function.
+      at: A traced site (or its name, or several) whose activation is explained in
+        place of the input: the layer variant.
       argnums: Which positional arguments are explained, as in `jax.grad`.
 
     Returns:
@@ -39,7 +41,7 @@ def input_x_gradient(
 
     def explain(*args: Any, target: Target = None, key: Any = None) -> Attribution:
         del key
-        question, output, gradient = gradient_at(model, args, argnums, target)
+        question, output, gradient = gradient_at(model, args, argnums, target, at)
 
         def score(leaf: jax.Array, slope: jax.Array) -> jax.Array:
             return leaf.astype(jnp.float32) * slope.astype(jnp.float32)

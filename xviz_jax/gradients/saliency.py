@@ -6,12 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from xviz_jax.attribution import Attribution, Target
+from xviz_jax.attribution import At, Attribution, Target
 from xviz_jax.gradients.gradient import gradient_at
 
 
 def saliency(
-    model: Callable, *, signed: bool = False, argnums: int | Sequence[int] = 0
+    model: Callable,
+    *,
+    signed: bool = False,
+    at: At = None,
+    argnums: int | Sequence[int] = 0,
 ) -> Callable[..., Attribution]:
     """Attributes an output to each input element by the size of its gradient.
 
@@ -22,6 +26,8 @@ def saliency(
     Args:
       model: Maps one example to logits; any JAX function.
       signed: Keep the gradient's sign; by default scores are magnitudes.
+      at: A traced site (or its name, or several) whose activation is explained in
+        place of the input: the layer variant.
       argnums: Which positional arguments are explained, as in `jax.grad`.
 
     Returns:
@@ -40,7 +46,7 @@ def saliency(
 
     def explain(*args: Any, target: Target = None, key: Any = None) -> Attribution:
         del key
-        question, output, gradient = gradient_at(model, args, argnums, target)
+        question, output, gradient = gradient_at(model, args, argnums, target, at)
 
         def score(leaf: jax.Array) -> jax.Array:
             leaf = leaf.astype(jnp.float32)

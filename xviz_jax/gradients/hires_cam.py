@@ -1,0 +1,66 @@
+"""HiResCAM (Draelos and Carin, 2020, arXiv 2011.08891)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from xviz_jax.attribution import Attribution, Target
+from xviz_jax.gradients.activation_map import activation_and_gradient
+from xviz_jax.tracing import Site
+
+
+def hires_cam(
+    model: Callable,
+    *,
+    at: str | Site | None = None,
+    channel_axis: int = -1,
+    turn: int = -1,
+    rectify: bool = False,
+) -> Callable[..., Attribution]:
+    """Attributes an output to places of a feature map by activation times gradient.
+
+    Like `grad_cam`, but no gradient is averaged: what is scored at a place is what
+    the model computed there. Where one linear layer follows the map, scores add up
+    to the output less its bias. Signed. Costs one forward and one backward pass.
+    Sums in float32.
+
+    Args:
+      model: Maps one example to logits; any JAX function.
+      at: The activation: a site that tracing found, or its name; mark one with
+        `jax.ad_checkpoint.checkpoint_name`. By default the last value so marked, or
+        else the input of the last attention block.
+      channel_axis: The axis of channels or features; the others are places, but for
+        axes of size 1 before it, which are dropped.
+      turn: Which turn, where the activation lies in a loop over layers.
+      rectify: Set places that speak against the target to zero.
+
+    Returns:
+      `explain(*args, target=None, key=None) -> Attribution`, with one score for each
+      place of the activation: `[height, width]` of a convolution's, `[length]` of a
+      transformer's tokens, the class token among them. No diagnostics.
+
+    Raises:
+      ValueError: If there is no such activation, or the target does not fit.
+
+    >>> from jax.ad_checkpoint import checkpoint_name
+    >>> weights = jnp.array([[1.0, -3.0]])
+    >>> model = lambda x: jnp.sum(checkpoint_name(x, "maps")[..., 0] * weights)[None]
+    >>> hires_cam(model)(jnp.array([[[1.0], [2.0]]]), target=0).scores.tolist()
+    [1.0, -6.0]
+
+    Source: equation 3 of the paper.
+    """
+
+    def explain(*args: Any, target: Target = None, key: Any = None) -> Attribution:
+        del key
+        output, maps, slopes = activation_and_gradient(
+            model, args, target, at, channel_axis, turn
+        )
+        scores = jnp.sum(maps * slopes, axis=-1)
+        return Attribution(
+            scores=jax.nn.relu(scores) if rectify else scores, output=output
+        )
+
+    return explain
