@@ -150,8 +150,9 @@ def _logit(target: Target, logits: jax.Array) -> jax.Array:
         return logits[target]
     # A masked sum, because a lookup would ask for one sharding of the batch.
     chosen = jnp.arange(logits.shape[0], dtype=target.dtype) == target
-    known = jnp.where(jnp.any(chosen), jnp.float32(1), jnp.float32(jnp.nan))
-    return known * jnp.sum(jnp.where(chosen, logits, 0))
+    # 1, or 0 / 0; choosing between constants would ask for one sharding as well.
+    known = jnp.any(chosen).astype(jnp.float32)
+    return known / known * jnp.sum(jnp.where(chosen, logits, 0))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,7 +65,8 @@ def explainers(model):
 
 
 @pytest.mark.parametrize("net", [model, scanned])
-def test_bit_equal_to_separate_runs(net):
+def test_equal_to_separate_runs(net):
+    """Up to the last bit, which XLA may round otherwise in a larger program."""
     each = {**explainers(net)}
     if net is model:
         each["attention_rollout"] = xv.attention_rollout(net)
@@ -74,7 +75,7 @@ def test_bit_equal_to_separate_runs(net):
     for explain, found in zip(each.values(), both, strict=True):
         alone = jax.jit(explain)(example(), key=KEY)
         for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(found), strict=True):
-            assert np.array_equal(a, b)
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
 
 
 def test_one_gradient_serves_two_methods_and_one_forward_the_rest():
