@@ -424,6 +424,21 @@ def _fold_broadcastable(name, x, shape, b):
     return x.reshape(b, *x.shape[-3:])
 
 
+def larger(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The elementwise maximum; NaN where either is, which XLA's own drops on a CPU."""
+    return jnp.where((x > y) | (x != x), x, y)
+
+
+def smaller(x: jax.Array, y: jax.Array) -> jax.Array:
+    """The elementwise minimum; NaN where either is, which XLA's own drops on a CPU."""
+    return jnp.where((x < y) | (x != x), x, y)
+
+
+def positive_part(x: jax.Array) -> jax.Array:
+    """`x` where it is positive, else zero; NaN stays."""
+    return jnp.where(x <= 0.0, jnp.zeros((), x.dtype), x)
+
+
 def drop_unused_queries(r: jax.Array, attention: AttentionMap) -> AttentionMap:
     """`attention` without the non-finite queries that `r` `[B, M, Nq]` gives no weight.
 

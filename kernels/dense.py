@@ -3,10 +3,17 @@
 Each operation's `reference` is one line on top of these. Memory is O(H N^2).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from xviz_jax.kernels.attention_map import AttentionMap
+from xviz_jax.kernels.attention_map import (
+    AttentionMap,
+    larger,
+    positive_part,
+    smaller,
+)
 
 
 def allowed(attention: AttentionMap) -> jax.Array:
@@ -59,7 +66,7 @@ def relevance(attention: AttentionMap) -> jax.Array:
         return p
     gradient = _per_head(attention, attention.dout, attention.v)
     if attention.relevance == "relu_gradient_x_attention":
-        gradient = jnp.maximum(gradient, 0.0)
+        gradient = positive_part(gradient)
     # An unattended key contributes nothing, whatever its value vector holds.
     return jnp.where(p == 0.0, 0.0, p * gradient)
 
@@ -67,10 +74,9 @@ def relevance(attention: AttentionMap) -> jax.Array:
 def fused(attention: AttentionMap) -> jax.Array:
     """The fused matrix F, `[B, Nq, Nk]`."""
     heads = relevance(attention)
-    if attention.head_fusion == "max":
-        out = heads.max(1)
-    elif attention.head_fusion == "min":
-        out = heads.min(1)
+    if attention.head_fusion in ("max", "min"):
+        fuse = larger if attention.head_fusion == "max" else smaller
+        out = functools.reduce(fuse, jnp.unstack(heads, axis=1))
     else:
         out = (heads * attention.fusion_weights()[..., None, None]).sum(1)
     if attention.threshold is None:

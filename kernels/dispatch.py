@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 
@@ -24,18 +24,15 @@ def run(
       NotImplementedError: the named backend cannot; says which argument stops it.
       ValueError: no backend has that name.
     """
+    check(implementation)
     if implementation is None:
         candidates = _PREFERRED.get(platform(), ("xla",))
         candidates = [name for name in candidates if name in available]
     elif implementation in available:
         candidates = [implementation]
-    elif implementation in ("mosaic_tpu", "mosaic_gpu"):
+    else:
         raise NotImplementedError(
             f"implementation={implementation!r}: {operation} has only {available}"
-        )
-    else:
-        raise ValueError(
-            f"implementation wants None or one of {available}, got {implementation!r}"
         )
     *fallible, last = candidates
     for name in fallible:
@@ -46,12 +43,29 @@ def run(
     return _backend(operation, last)(*args, **options)
 
 
+def check(implementation: Implementation | None) -> None:
+    """Raises ValueError for a name that no backend has."""
+    known = get_args(Implementation)
+    if implementation is not None and implementation not in known:
+        raise ValueError(
+            f"implementation wants None or one of {known}, got {implementation!r}"
+        )
+
+
 def platform() -> str:
     """The platform that traced code will run on by default: cpu, gpu or tpu."""
     default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if default is None:
         return jax.default_backend()
     return default if isinstance(default, str) else default.platform
+
+
+def device_kind() -> str:
+    """The model name of the device that traced code will run on by default."""
+    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(default, jax.Device):
+        return default.device_kind
+    return jax.devices(default)[0].device_kind
 
 
 def differentiated_as(plain: Callable, kernel: Callable) -> Callable:

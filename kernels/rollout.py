@@ -14,7 +14,7 @@ from xviz_jax.kernels.attention_map import (
     attention_map,
     drop_unused_queries,
 )
-from xviz_jax.kernels.dispatch import Implementation, run
+from xviz_jax.kernels.dispatch import Implementation, check, run
 
 Residual = Literal["half", "add", "normalize", "none"] | float
 Stack = ArrayLike | Sequence[ArrayLike]
@@ -55,6 +55,7 @@ class Layers:
         options: Mapping[str, Any],
     ):
         """Checks the arguments of `rollout_rows` that concern all layers at once."""
+        check(implementation)
         self._kept, self._mixed = _kept_and_mixed(residual)
         self._normalize = bool(normalize) or residual == "normalize"
         if not 0 <= discard_ratio < 1:
@@ -155,7 +156,7 @@ class Layers:
 
     @property
     def _plain_implementation(self):
-        # The operations beside the row product exist in plain JAX only.
+        # A backend of the row product may lack the operations beside it.
         return "reference" if self._implementation == "reference" else None
 
     def _row_sums(self, attention):

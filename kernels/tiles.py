@@ -9,6 +9,7 @@ named axis: `blocked(f, x, "i", 256, ...)` hands `f` 256 query rows at a time.
     i query     j key        d feature        m vector of the caller
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -16,7 +17,12 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xviz_jax.kernels.attention_map import AttentionMap
+from xviz_jax.kernels.attention_map import (
+    AttentionMap,
+    larger,
+    positive_part,
+    smaller,
+)
 from xviz_jax.kernels.dispatch import block_sizes, platform
 
 Operands = dict[str, jax.Array]
@@ -47,6 +53,9 @@ _ACCELERATOR_BYTES = 128 * 2**20
 # More bands leave out more masked keys, but each is another loop to compile and
 # copies its keys, which overlap under a triangle and hardly do under a window.
 _TRIANGLE_BANDS, _WINDOW_BANDS = 4, 16
+
+
+_REDUCTIONS = {"sum": jnp.add, "max": larger, "min": smaller}
 
 
 class Tile(NamedTuple):
@@ -170,7 +179,7 @@ def blocked(
 
         return jax.tree.map(join, ys)
 
-    reduce = {"sum": jnp.add, "max": jnp.maximum, "min": jnp.minimum}[combine]
+    reduce = _REDUCTIONS[combine]
     start = {"sum": 0.0, "max": -math.inf, "min": math.inf}[combine]
     first = {name: x[0] for name, x in xs.items()}
     # `full_like` of the abstract result also carries how it varies over a mesh.
@@ -274,7 +283,7 @@ def relevance(
         return e, factor
     gradient = _products(attention, x["dout"], x["v"])
     if attention.relevance == "relu_gradient_x_attention":
-        gradient = jnp.maximum(gradient, 0.0)
+        gradient = positive_part(gradient)
     # An unattended key contributes nothing, whatever its value vector holds.
     return jnp.where(e == 0.0, 0.0, e * gradient), factor
 
@@ -286,7 +295,8 @@ def fused(attention: AttentionMap, x: Operands, block_h: int) -> jax.Array:
         t, factor = relevance(attention, x)
         if attention.head_fusion in ("max", "min"):
             t = t if factor is None else t * factor[..., None]
-            return getattr(jnp, attention.head_fusion)(t, (1, 2))
+            heads = jnp.unstack(t.reshape(t.shape[0], -1, *t.shape[3:]), axis=1)
+            return functools.reduce(_REDUCTIONS[attention.head_fusion], heads)
         return jnp.einsum(
             "bhgi,bhgij->bij", row_weights(x, factor), t, precision="highest"
         )

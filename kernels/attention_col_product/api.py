@@ -1,9 +1,10 @@
 """The fused attention matrix, which is never formed, times columns of values."""
 
 from collections.abc import Mapping
-from typing import Unpack
+from typing import Any, Unpack
 
 import jax
+import jax.numpy as jnp
 
 from xviz_jax.kernels import dispatch
 from xviz_jax.kernels.attention_map import (
@@ -13,7 +14,7 @@ from xviz_jax.kernels.attention_map import (
     check_vectors,
 )
 
-IMPLEMENTATIONS = ("reference", "xla")
+IMPLEMENTATIONS = ("reference", "xla", "mosaic_tpu", "mosaic_gpu")
 
 
 def attention_col_product(
@@ -23,6 +24,7 @@ def attention_col_product(
     *,
     implementation: dispatch.Implementation | None = None,
     config: Mapping[str, int] | None = None,
+    interpret: Any = False,
     **options: Unpack[RelevanceOptions],
 ) -> jax.Array:
     """F x, where F = fuse_h T(P_h) is the fused attention or relevance matrix.
@@ -36,8 +38,9 @@ def attention_col_product(
       q: queries `[*batch, Nq, H, head_dim]`.
       k: keys `[*batch, Nk, Hkv, head_dim]`; query head h uses key head
         `h // (H // Hkv)`.
-      implementation: "reference", "xla", or None to choose.
+      implementation: "reference", "xla", "mosaic_tpu", or None to choose.
       config: block sizes of the named implementation.
+      interpret: of the Mosaic implementations, as in `pallas_call`.
       **options: scale, masks, relevance and head fusion; see `RelevanceOptions`.
 
     Returns:
@@ -47,6 +50,7 @@ def attention_col_product(
     Raises:
       TypeError: q, k, v, dout or x is not floating, or a mask is not boolean.
       ValueError: shapes or options that do not fit; the text says which.
+      NotImplementedError: the named implementation does not support an argument.
 
     >>> import jax.numpy as jnp
     >>> q = k = jnp.zeros((4, 2, 8))
@@ -55,6 +59,9 @@ def attention_col_product(
     """
     attention = attention_map(q, k, **options)
     x = check_vectors("x", x, attention, attention.k.shape[1])
+    if attention.key_mask is not None:
+        # What a masked key holds, often no number, meets a probability of zero.
+        x = jnp.where(attention.key_mask[:, None], x, jnp.zeros((), x.dtype))
     out = dispatch.run(
         "attention_col_product",
         IMPLEMENTATIONS,
@@ -62,5 +69,6 @@ def attention_col_product(
         x,
         attention,
         config=config,
+        interpret=interpret,
     )
     return out.reshape(*attention.batch, *out.shape[1:])

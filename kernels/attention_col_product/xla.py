@@ -14,8 +14,10 @@ def attention_col_product(
     attention: AttentionMap,
     *,
     config: Mapping[str, int] | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """F `[B, Nq, Nk]` times each row of `[B, M, Nk]`, as `[B, M, Nq]`."""
+    del interpret
     tile = tiles.tile_sizes(attention, config)
     einsum = lambda *args: jnp.einsum(*args, precision="highest")
 

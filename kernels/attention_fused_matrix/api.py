@@ -1,14 +1,14 @@
 """The fused attention matrix, formed without its heads side by side."""
 
 from collections.abc import Mapping
-from typing import Unpack
+from typing import Any, Unpack
 
 import jax
 
 from xviz_jax.kernels import dispatch
 from xviz_jax.kernels.attention_map import ArrayLike, RelevanceOptions, attention_map
 
-IMPLEMENTATIONS = ("reference", "xla")
+IMPLEMENTATIONS = ("reference", "xla", "mosaic_tpu")
 
 
 def attention_fused_matrix(
@@ -17,6 +17,7 @@ def attention_fused_matrix(
     *,
     implementation: dispatch.Implementation | None = None,
     config: Mapping[str, int] | None = None,
+    interpret: Any = False,
     **options: Unpack[RelevanceOptions],
 ) -> jax.Array:
     """F = fuse_h T(P_h), the fused attention or relevance matrix of one layer.
@@ -30,8 +31,9 @@ def attention_fused_matrix(
       q: queries `[*batch, Nq, H, head_dim]`.
       k: keys `[*batch, Nk, Hkv, head_dim]`; query head h uses key head
         `h // (H // Hkv)`.
-      implementation: "reference", "xla", or None to choose.
+      implementation: "reference", "xla", "mosaic_tpu", or None to choose.
       config: block sizes of the named implementation.
+      interpret: of the Mosaic implementations, as in `pallas_call`.
       **options: scale, masks, relevance and head fusion; see `RelevanceOptions`.
 
     Returns:
@@ -40,6 +42,7 @@ def attention_fused_matrix(
     Raises:
       TypeError: q, k, v or dout is not floating, or a mask is not boolean.
       ValueError: shapes or options that do not fit; the text says which.
+      NotImplementedError: the named implementation does not support an argument.
 
     >>> import jax.numpy as jnp
     >>> attention_fused_matrix(jnp.zeros((2, 4, 8)), jnp.zeros((2, 4, 8)), causal=True)
@@ -53,5 +56,6 @@ def attention_fused_matrix(
         implementation,
         attention,
         config=config,
+        interpret=interpret,
     )
     return out.reshape(*attention.batch, *out.shape[1:])

@@ -6,7 +6,9 @@ from xviz_jax.kernels import dense
 from xviz_jax.kernels.attention_map import AttentionMap
 
 
-def attention_fused_matrix(attention: AttentionMap, *, config=None) -> jax.Array:
+def attention_fused_matrix(
+    attention: AttentionMap, *, config=None, interpret=False
+) -> jax.Array:
     """F, `[B, Nq, Nk]`."""
-    del config
+    del config, interpret
     return dense.fused(attention)

@@ -8,7 +8,7 @@ import jax
 from xviz_jax.kernels import dispatch
 from xviz_jax.kernels.attention_map import ArrayLike, ScoringOptions, attention_map
 
-IMPLEMENTATIONS = ("reference", "xla", "mosaic_tpu")
+IMPLEMENTATIONS = ("reference", "xla", "mosaic_tpu", "mosaic_gpu")
 
 
 def attention_lse(

@@ -6,14 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from xviz_jax.kernels import mosaic_tpu
+from xviz_jax.kernels import mosaic_tpu, tuning
 from xviz_jax.kernels.attention_lse import xla
 from xviz_jax.kernels.attention_map import AttentionMap
-from xviz_jax.kernels.dispatch import block_sizes, differentiated_as
+from xviz_jax.kernels.dispatch import differentiated_as
 
 
 def attention_lse(
@@ -32,37 +31,14 @@ def call(
     attention: AttentionMap, *, config: Mapping[str, int] | None, interpret: Any
 ) -> jax.Array:
     """The kernel itself, which has no derivative."""
-    b, h, kv_heads, nq, nk = attention.shape
+    b, h, _, nq, nk = attention.shape
     size = 1024 if min(nq, nk) >= 1024 else 512
-    bq, bk = block_sizes(
-        config,
-        block_q=min(size, mosaic_tpu.round_up(nq, 128)),
-        block_k=min(size, mosaic_tpu.round_up(nk, 128)),
+    bq, bk = tuning.block_sizes(
+        "attention_lse", attention, config, block_q=size, block_k=size
     )
+    bq, bk = mosaic_tpu.clip_blocks(attention, bq, bk)
     band = mosaic_tpu.Band.of(attention, bq, bk)
-    dim, group = attention.q.shape[3], h // kv_heads
-
-    def key_block(i, step):
-        first, last = band.key_blocks(i)
-        # Steps beyond the band repeat a block, and a repeated block is not copied.
-        return jnp.clip(first + step, 0, jnp.maximum(last, 0))
-
-    in_specs = [
-        pl.BlockSpec((None, None, bq, dim), lambda b, h, i, n: (b, h, i, 0)),
-        pl.BlockSpec(
-            (None, None, bk, dim),
-            lambda b, h, i, n: (b, lax.div(h, group), key_block(i, n), 0),
-        ),
-    ]
-    operands = [
-        mosaic_tpu.heads_first(attention.q),
-        mosaic_tpu.heads_first(attention.k),
-    ]
-    if attention.key_mask is not None:
-        in_specs.append(
-            pl.BlockSpec((None, bk, 1), lambda b, h, i, n: (b, key_block(i, n), 0))
-        )
-        operands.append(attention.key_mask.astype(jnp.float32)[..., None])
+    specs, operands = mosaic_tpu.score_operands(attention, band)
     lse = pl.pallas_call(
         functools.partial(
             _kernel,
@@ -72,7 +48,7 @@ def call(
             masked=attention.key_mask is not None,
         ),
         grid=(b, h, -(-nq // bq), band.key_steps),
-        in_specs=in_specs,
+        in_specs=specs,
         out_specs=pl.BlockSpec((None, None, 1, bq), lambda b, h, i, n: (b, h, 0, i)),
         out_shape=mosaic_tpu.result_like((b, h, 1, nq), *operands),
         scratch_shapes=[pltpu.VMEM((1, bq), jnp.float32) for _ in range(2)],
@@ -80,10 +56,8 @@ def call(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=mosaic_tpu.VMEM_LIMIT_BYTES,
         ),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * b * h * nq * nk * dim,
-            transcendentals=b * h * nq * nk,
-            bytes_accessed=attention.q.nbytes + attention.k.nbytes * (-(-nq // bq)),
+        cost_estimate=mosaic_tpu.cost(
+            attention, attention.q.nbytes + attention.k.nbytes * (-(-nq // bq))
         ),
         interpret=interpret,
         name="attention_lse",

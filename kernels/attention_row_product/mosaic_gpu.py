@@ -1,16 +1,16 @@
 # pyright: reportPrivateImportUsage=false, reportCallIssue=false
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 # The names and signatures of JAX >= 0.11, which the oldest supported JAX lacks.
-"""`attention_row_product` on NVIDIA Hopper, for linear fusions.
+"""`attention_row_product` on NVIDIA Hopper.
 
 Warp groups each hold a block of keys while query blocks stream through shared memory
 once for all of them. Keys lie on the rows of a tile, so that what belongs to a query
-broadcasts along it and columns of the result are summed in registers. Every head
-writes its own partial sums; XLA adds them, so the result is deterministic.
+broadcasts along it and columns of the result are summed in registers. In a linear
+fusion every head writes its own partial sums; XLA adds them, so the result is
+deterministic. A maximum or minimum is in `extremum`.
 """
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -20,16 +20,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from xviz_jax.kernels.attention_lse import xla as lse_xla
+from xviz_jax.kernels import mosaic_gpu
+from xviz_jax.kernels.attention_lse import mosaic_gpu as lse_kernel
 from xviz_jax.kernels.attention_map import AttentionMap
-from xviz_jax.kernels.attention_row_product import xla
-from xviz_jax.kernels.dispatch import block_sizes, differentiated_as
+from xviz_jax.kernels.attention_row_product import mosaic_gpu_extremum, xla
+from xviz_jax.kernels.dispatch import differentiated_as
 
 # So many vectors are summed in registers at a time, and so many times the scores
 # are worth computing again rather than forming the matrix.
 _VECTORS_PER_PASS = 8
 _MAX_PASSES = 4
-_LOG2_E = math.log2(math.e)
 
 
 def attention_row_product(
@@ -41,7 +41,12 @@ def attention_row_product(
     interpret: Any = False,
 ) -> jax.Array:
     """`[B, M, Nq]` times F `[B, Nq, Nk]`; both precisions sum in float32."""
-    _require_support(r, attention)
+    mosaic_gpu.require_support(attention)
+    most = _VECTORS_PER_PASS * _MAX_PASSES
+    if r.shape[1] > most:
+        raise NotImplementedError(
+            f"mosaic_gpu multiplies at most {most} vectors r, got {r.shape[1]}"
+        )
     kernel = functools.partial(call, config=config, interpret=interpret)
     plain = functools.partial(xla.attention_row_product, precision=precision)
     return differentiated_as(plain, kernel)(r, attention)
@@ -57,10 +62,13 @@ def call(
     """The kernel itself, which has no derivative."""
     lse = attention.lse
     if lse is None:
-        lse = lse_xla.attention_lse(attention)
+        lse = lse_kernel.call(attention, config=None, interpret=interpret)
+    linear = attention.fuses_linearly
+    one_pass = _pass if linear else mosaic_gpu_extremum.one_pass
+    per_pass = _VECTORS_PER_PASS if linear else mosaic_gpu_extremum.VECTORS_PER_PASS
     passes = [
-        _pass(r[:, m : m + _VECTORS_PER_PASS], lse, attention, config, interpret)
-        for m in range(0, r.shape[1], _VECTORS_PER_PASS)
+        one_pass(r[:, m : m + per_pass], lse, attention, config, interpret)
+        for m in range(0, r.shape[1], per_pass)
     ]
     out = jnp.concatenate(passes, 1)
     if attention.key_mask is not None:
@@ -69,71 +77,38 @@ def call(
     return out
 
 
-def _require_support(r, attention):
-    if not hasattr(plgpu, "kernel") or not hasattr(plgpu, "InterpretGPUParams"):
-        raise NotImplementedError(
-            f"implementation='mosaic_gpu' wants JAX >= 0.11, this is {jax.__version__}"
-        )
-    for name in ("mask", "bias", "threshold", "positions", "softcap"):
-        if getattr(attention, name) is not None:
-            raise NotImplementedError(f"mosaic_gpu does not support {name}")
-    if not attention.fuses_linearly:
-        raise NotImplementedError(
-            f"mosaic_gpu does not support head_fusion={attention.head_fusion!r}"
-        )
-    if attention.q.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(
-            f"mosaic_gpu supports q of bfloat16 or float16, got {attention.q.dtype}"
-        )
-    for name in ("q", "v"):
-        x = getattr(attention, name)
-        if x is not None and x.shape[3] % 64:
-            raise NotImplementedError(
-                f"mosaic_gpu supports head_dim in multiples of 64, got {name} of "
-                f"{x.shape[3]}"
-            )
-    most = _VECTORS_PER_PASS * _MAX_PASSES
-    if r.shape[1] > most:
-        raise NotImplementedError(
-            f"mosaic_gpu multiplies at most {most} vectors r, got {r.shape[1]}"
-        )
-    if jax.default_backend() == "gpu":
-        device = jax.devices()[0]
-        if getattr(device, "compute_capability", None) != "9.0":
-            raise NotImplementedError(
-                f"mosaic_gpu wants compute capability 9.0, this is {device}"
-            )
-
-
 def _pass(r, lse, attention, config, interpret):
     b, h, kv_heads, nq, nk = attention.shape
     m, group = r.shape[1], h // kv_heads
-    bq, bk, groups = block_sizes(config, block_q=128, block_k=64, warp_groups=2)
-    if bq % 64 or bk % 64:
-        raise ValueError(f"config wants blocks in multiples of 64, got {bq} and {bk}")
+    bq, bk, groups = mosaic_gpu.block_sizes(
+        "attention_row_product",
+        attention,
+        config,
+        vectors=m,
+        candidates=[(128, 64, 2), (64, 64, 2), (64, 64, 1)],
+        held=lambda bq, bk, groups: (
+            groups * bk + 2 * bq,
+            2 * (m + 1) * bq + m * groups * bk,
+        ),
+    )
     q_pad, k_pad = -nq % bq, -nk % (bk * groups)
     q_blocks = (nq + q_pad) // bq
-    left, right = attention.window or (None, None)
-    if attention.causal:
-        right = 0 if right is None else min(right, 0)
-    offset, relevance = attention.q_offset, attention.relevance
-    scale = attention.scale * _LOG2_E
-    with_gradient = relevance != "attention"
+    left, right = mosaic_gpu.band(attention)
+    offset = attention.q_offset
+    scale = attention.scale * mosaic_gpu.LOG2_E
+    with_gradient = attention.relevance != "attention"
 
-    pad = lambda x, n: jnp.pad(x, ((0, 0), (0, n), (0, 0), (0, 0)))
-    # An infinite logsumexp gives a row that attends nothing, and padding, weight 0.
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * _LOG2_E)
-    lse = jnp.pad(lse, ((0, 0), (0, 0), (0, q_pad)), constant_values=jnp.inf)
+    pad = mosaic_gpu.pad_lengths
     operands = [
-        jnp.pad(r, ((0, 0), (0, 0), (0, q_pad))),
-        lse,
-        pad(attention.q, q_pad),
-        pad(attention.k, k_pad),
+        pad(r, 2, q_pad),
+        pad(mosaic_gpu.base_two(lse), 2, q_pad, jnp.inf),
+        pad(attention.q, 1, q_pad),
+        pad(attention.k, 1, k_pad),
     ]
     if with_gradient:
-        operands += [pad(attention.v, k_pad), pad(attention.dout, q_pad)]
+        operands += [pad(attention.v, 1, k_pad), pad(attention.dout, 1, q_pad)]
     layout = plgpu.Layout.WGMMA
-    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    tiled = mosaic_gpu.transforms()
 
     def body(r_ref, lse_ref, q_ref, k_ref, *refs):
         v_ref, dout_ref = refs[:2] if with_gradient else (None, None)
@@ -175,28 +150,18 @@ def _pass(r, lse, attention, config, interpret):
                 )
             plgpu.wait_smem_to_gmem(0)
 
-        def matrix(fixed, streamed):
-            def multiply(accumulator):
-                plgpu.wgmma(accumulator, fixed, streamed.transpose((1, 0)))
-                return accumulator[...]
-
-            return pl.run_scoped(multiply, plgpu.ACC((bk, bq), jnp.float32))
-
         def step(index, q_s, lse_s, r_s, *rest):
             *dout_s, q_used, lse_used, r_used = rest[: 3 + with_gradient]
             *dout_used, sums = rest[3 + with_gradient :]
-            s = matrix(shared[0].at[warp_group], q_s)
+            s = mosaic_gpu.wgmma(shared[0].at[warp_group], q_s)
             plgpu.barrier_arrive(q_used)
             norm = plgpu.load(lse_s, layout=layout.reduce(0))
-            plgpu.barrier_arrive(lse_used)
             across = lambda x: lax.broadcast_in_dim(x, (bk, bq), [1])
             p = jnp.exp2(s * scale - across(norm))
             if with_gradient:
-                gradient = matrix(shared[1].at[warp_group], dout_s[0])
+                gradient = mosaic_gpu.wgmma(shared[1].at[warp_group], dout_s[0])
                 plgpu.barrier_arrive(dout_used[0])
-                if relevance == "relu_gradient_x_attention":
-                    gradient = jnp.maximum(gradient, 0.0)
-                p = p * gradient
+                p = p * mosaic_gpu.counted_gradient(attention, gradient)
             # After the gradient, which may be NaN where nothing is attended.
             if left is not None or right is not None:
                 iota = lambda axis: plgpu.broadcasted_iota(
@@ -209,6 +174,9 @@ def _pass(r, lse, attention, config, interpret):
                 if left is not None:
                     p = jnp.where(key >= at - left, p, 0.0)
             weights = [plgpu.load(r_s.at[n], layout=layout.reduce(0)) for n in range(m)]
+            # Numbers that threads have read give way to a copy of the next ones.
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(lse_used)
             plgpu.barrier_arrive(r_used)
             return tuple(
                 total + jnp.sum(p * across(w), axis=1)
@@ -262,7 +230,6 @@ def _pass(r, lse, attention, config, interpret):
         num_threads=groups + 1,
         thread_name="warp_group",
         interpret=interpret,
-        kernel_name=f"attention_row_product_{relevance}",
+        kernel_name=f"attention_row_product_{attention.relevance}",
     )(*operands)
-    weights = jnp.broadcast_to(attention.fusion_weights(), (b, h))
-    return jnp.einsum("bh,bhmn->bmn", weights, partial[..., :nk], precision="highest")
+    return mosaic_gpu.sum_heads(attention, partial[..., :nk])

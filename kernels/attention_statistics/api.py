@@ -2,7 +2,7 @@
 
 import numbers
 from collections.abc import Mapping
-from typing import Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from xviz_jax.kernels import dispatch
 from xviz_jax.kernels.attention_map import ArrayLike, ScoringOptions, attention_map
 from xviz_jax.kernels.attention_statistics.statistics import AttentionStatistics
 
-IMPLEMENTATIONS = ("reference", "xla")
+IMPLEMENTATIONS = ("reference", "xla", "mosaic_tpu", "mosaic_gpu")
 
 
 def attention_statistics(
@@ -22,6 +22,7 @@ def attention_statistics(
     top_k: int = 4,
     implementation: dispatch.Implementation | None = None,
     config: Mapping[str, int] | None = None,
+    interpret: Any = False,
     **scoring: Unpack[ScoringOptions],
 ) -> AttentionStatistics:
     """Entropy, distance, sinks and strongest keys of every attention row.
@@ -35,8 +36,9 @@ def attention_statistics(
         `h // (H // Hkv)`.
       marked_keys: bool `[*batch, Nk]`, the keys whose weight `marked_mass` sums.
       top_k: how many of the strongest keys to list, from 0 to Nk.
-      implementation: "reference", "xla", or None to choose.
+      implementation: "reference", "xla", "mosaic_tpu", or None to choose.
       config: block sizes of the named implementation.
+      interpret: of the Mosaic implementations, as in `pallas_call`.
       **scoring: scale, masks and cap; see `ScoringOptions`.
 
     Returns:
@@ -45,6 +47,7 @@ def attention_statistics(
     Raises:
       TypeError: q or k is not floating, or a mask is not boolean.
       ValueError: shapes or options that do not fit; the text says which.
+      NotImplementedError: the named implementation does not support an argument.
 
     >>> import jax.numpy as jnp
     >>> q = k = jnp.zeros((4, 1, 8))
@@ -74,6 +77,7 @@ def attention_statistics(
         marked_keys,
         top_k,
         config=config,
+        interpret=interpret,
     )
     unfold = lambda y: y.reshape(*attention.batch, *y.shape[1:])
     return jax.tree.map(unfold, statistics)

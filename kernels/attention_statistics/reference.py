@@ -12,10 +12,15 @@ from xviz_jax.kernels.attention_statistics.statistics import (
 
 
 def attention_statistics(
-    attention: AttentionMap, marked: jax.Array | None, top_k: int, *, config=None
+    attention: AttentionMap,
+    marked: jax.Array | None,
+    top_k: int,
+    *,
+    config=None,
+    interpret=False,
 ) -> AttentionStatistics:
     """Statistics `[B, H, Nq]` of the probabilities of each head."""
-    del config
+    del config, interpret
     p = dense.probabilities(attention)
     positions = attention.query_positions()[:, None, :, None]
     marked = None if marked is None else marked[:, None, None]

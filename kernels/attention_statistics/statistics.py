@@ -22,7 +22,8 @@ class AttentionStatistics:
       marked_mass: weight on the marked keys, such as padding or separators.
       maximum: the largest weight.
       top_keys: int32 `[*batch, H, Nq, top_k]`, the keys of the largest weights, in
-        falling order; the lower index first among equals.
+        falling order; the lower index first among equals, and -1 where fewer keys
+        have any weight.
       top_weights: their weights, `[*batch, H, Nq, top_k]`.
     """
 
@@ -58,14 +59,16 @@ def summarise(
     distance = jnp.abs(positions - keys)
     zero = jnp.zeros((), p.dtype)
     top_weights, top_keys = jax.lax.top_k(p, top_k)
+    entropy = -jnp.where(p == zero, zero, p * log_p).sum(-1)
     marked_mass = zero if marked is None else jnp.where(marked, p, zero).sum(-1)
     return AttentionStatistics(
-        entropy=-jnp.where(p == zero, zero, p * log_p).sum(-1),
+        entropy=entropy,
         distance=(p * distance.astype(p.dtype)).sum(-1),
         self_mass=jnp.where(distance == 0, p, zero).sum(-1),
         first_mass=p[..., 0],
         marked_mass=jnp.broadcast_to(marked_mass, p.shape[:-1]),
-        maximum=p.max(-1),
-        top_keys=top_keys.astype(jnp.int32),
+        # XLA's maximum overlooks NaN on a CPU.
+        maximum=jnp.where(jnp.isnan(entropy), entropy, p.max(-1)),
+        top_keys=jnp.where(top_weights > 0.0, top_keys.astype(jnp.int32), -1),
         top_weights=top_weights,
     )

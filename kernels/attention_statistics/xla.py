@@ -18,8 +18,10 @@ def attention_statistics(
     top_k: int,
     *,
     config: Mapping[str, int] | None = None,
+    interpret: bool = False,
 ) -> AttentionStatistics:
     """Statistics `[B, H, Nq]` of the probabilities of each head."""
+    del interpret
     tile = tiles.tile_sizes(attention, config)
 
     def one(x):

@@ -102,6 +102,44 @@ def fused(
     return out
 
 
+def statistics(q, k, *, marked=None, top_k=0, **scoring):
+    """Every field of `AttentionStatistics` but the keys, and P itself."""
+    p = probabilities(q, k, **scoring)
+    nq, nk = p.shape[-2:]
+    offset = scoring.get("q_offset")
+    i = np.arange(nq)[:, None] + (nk - nq if offset is None else offset)
+    j = np.arange(nk)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        plogp = np.where(p > 0, p * np.log(p), 0)
+    marked = np.zeros(nk, bool) if marked is None else np.asarray(marked)
+    return p, {
+        "entropy": -plogp.sum(-1),
+        "distance": (p * abs(i - j)).sum(-1),
+        "self_mass": (p * (i == j)).sum(-1),
+        "first_mass": p[..., 0],
+        "marked_mass": (p * marked[..., None, None, :]).sum(-1),
+        "maximum": p.max(-1),
+        "top_weights": np.sort(p, -1)[..., ::-1][..., :top_k],
+    }
+
+
+def check_statistics(got, q, k, *, tolerance=2e-6, **options):
+    """Holds an `AttentionStatistics` against float64."""
+    p, want = statistics(q, k, **options)
+    for name, value in want.items():
+        found = np.asarray(getattr(got, name))
+        assert found.shape == value.shape, name
+        worst = np.abs(found - value).max(initial=0.0)
+        assert worst <= tolerance * np.abs(value).max(initial=1e-30), name
+    keys, weights = np.asarray(got.top_keys), want["top_weights"]
+    assert ((keys == -1) == (weights == 0)).all()
+    listed = np.take_along_axis(p, np.maximum(keys, 0), -1)
+    np.testing.assert_allclose(np.where(keys < 0, 0, listed), weights, atol=tolerance)
+    # No key is named twice.
+    ordered = np.sort(np.where(keys < 0, -np.arange(1, keys.shape[-1] + 1), keys), -1)
+    assert (np.diff(ordered, axis=-1) != 0).all()
+
+
 def rollout(layers, residual):
     """R = A_L ... A_1, float64, from a list of keyword arguments of `fused`."""
     product = None
@@ -125,5 +163,6 @@ def oracle():
         lse=lse,
         probabilities=probabilities,
         fused=fused,
+        check_statistics=check_statistics,
         rollout=rollout,
     )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from tests.contract.quick import quick_compilation as quick_compilation
 from xviz_jax.kernels import dispatch, tiles
 from xviz_jax.kernels.attention_map import attention_map
 from xviz_jax.kernels.attention_row_product import attention_row_product

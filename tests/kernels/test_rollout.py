@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from tests.contract.quick import quick_compilation as quick_compilation
 from xviz_jax.kernels.rollout_full import rollout_full
 from xviz_jax.kernels.rollout_rows import rollout_rows
 
