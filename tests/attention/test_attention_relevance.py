@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import xviz_jax as xv
+from tests.contract.quick import quick_compilation as quick_compilation
 from tests.contract.table import CLASSES, HEADS, LENGTH, example, parameters
 from xviz_jax.attention import layers
 

@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 import xviz_jax as xv
+from tests.contract.quick import quick_compilation as quick_compilation
 from tests.tracing.cases import compiled
 from xviz_jax.attention import layers
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import xviz_jax as xv
+from tests.contract.quick import quick_compilation as quick_compilation
 from tests.contract.table import example, parameters, transformer
 from tests.gradients import convolutional
 from tests.gradients.golden_paths import GOLDENS

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import xviz_jax as xv
+from tests.contract.quick import quick_compilation as quick_compilation
 from tests.contract.table import CLASSES, WIDTH, example
 from tests.gradients import convolutional
 from tests.gradients.golden_paths import FIRST, GOLDENS

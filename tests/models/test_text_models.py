@@ -13,6 +13,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import xviz_jax as xv
+from tests.contract.quick import quick_compilation as quick_compilation
 from xviz_jax import attribution, tracing
 
 GOLDENS = Path(__file__).parent / "goldens" / "text"

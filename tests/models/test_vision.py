@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.contract.quick import quick_compilation as quick_compilation
 from xviz_jax import tracing
 from xviz_jax.models import dinov2, load, vit
 from xviz_jax.models.vit import positions
