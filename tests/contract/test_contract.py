@@ -61,7 +61,10 @@ def row(tree, index):
 
 
 def over(rows):
-    return pytest.mark.parametrize("method", rows, ids=lambda method: method.name)
+    # Of the module, so that a method's tests follow each other, in one process.
+    return pytest.mark.parametrize(
+        "method", rows, ids=lambda method: method.name, scope="module"
+    )
 
 
 every_method = over(METHODS)

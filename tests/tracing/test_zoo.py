@@ -13,13 +13,18 @@ from tests.tracing.zoo import CASES
 from xviz_jax import tracing
 
 
-@pytest.fixture(params=CASES, ids=lambda case: case.name)
-def case(request):
-    case = request.param
-    if case.library and importlib.util.find_spec(case.library) is None:
-        pytest.skip(f"{case.library} is not installed")
-    with case.context():
-        yield case
+# Of the module, so that what is asked of one case is asked in a row, by one process.
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def chosen(request):
+    return request.param
+
+
+@pytest.fixture
+def case(chosen):
+    if chosen.library and importlib.util.find_spec(chosen.library) is None:
+        pytest.skip(f"{chosen.library} is not installed")
+    with chosen.context():
+        yield chosen
 
 
 def is_array(leaf):
