@@ -39,6 +39,8 @@ class Case:
     """Whether the product with the values directly follows the probabilities."""
     bitwise: bool = True
     """Whether XLA rounds alike where it must keep the captured values."""
+    own_rule: bool = False
+    """Whether the model's gradient is a rule of its own, not its formula's."""
     library: str | None = None
     """The package to import, which may also need loose promotion."""
 

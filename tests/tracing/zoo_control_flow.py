@@ -241,7 +241,11 @@ _called("custom_vjp_softmax", _with_softmax(_custom_vjp_softmax))
 _called("custom_jvp_attention", _custom_attention)
 _called("custom_vjp_attention", _flash_like)
 _called("custom_vjp_in_jit_in_remat", jax.checkpoint(jax.jit(_flash_like)))
-_called("custom_vjp_with_a_rule_of_its_own", lambda x, w: _doubled(x, w, 2.0))
+_called(
+    "custom_vjp_with_a_rule_of_its_own",
+    lambda x, w: _doubled(x, w, 2.0),
+    own_rule=True,
+)
 
 
 # Loops over layers.
