@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xviz_jax import tracing
+from xviz_jax.noise import NoisyTokens
 from xviz_jax.tracing import Site
 from xviz_jax.tracing.site import select
 
@@ -221,7 +222,12 @@ def ask(
         an array of tokens that the model looks up; if there is no such site.
     """
     question = _ask_of_argument(model, args, argnums)
-    return question if at is None else _ask_of_site(model, args, question, at)
+    if at is None:
+        return question
+    if any(isinstance(each, NoisyTokens) for each in args):
+        assert question.place is not None
+        model, args = question.place(question.x)
+    return _ask_of_site(model, args, question, at)
 
 
 def _ask_of_argument(
@@ -236,6 +242,8 @@ def _ask_of_argument(
     numbers = tuple(number % len(args) for number in numbers)
     picked = tuple(args[number] for number in numbers)
     x = picked[0] if isinstance(argnums, int) else picked
+    if isinstance(x, NoisyTokens):
+        return _ask_of_tokens(model, args, numbers[0])
     leaves = jax.tree.leaves(x)
     if not leaves:
         raise ValueError("the explained input has no arrays")
@@ -270,7 +278,9 @@ def _has_kind(leaf: Any, kind: Any) -> bool:
 
 
 def _ask_of_tokens(model: Callable, args: Sequence[Any], number: int) -> Question:
-    tokens = args[number]
+    given = args[number]
+    tokens = given.tokens if isinstance(given, NoisyTokens) else given
+    args = [*args[:number], tokens, *args[number + 1 :]]
     before = sum(map(_is_array, jax.tree.leaves(list(args[:number]))))
     sites = tracing.sites(model, *args)
     lookups = [s for s in sites if s.kind == "embedding" and before in s.inputs]
@@ -288,10 +298,11 @@ def _ask_of_tokens(model: Callable, args: Sequence[Any], number: int) -> Questio
         _, captured = tracing.capture(model, ("activation",), names)(*filled)
         return {name: captured[name]["activation"] for name in names}
 
-    x = embed(tokens)
+    clean = embed(tokens)
+    x = given.shake(clean) if isinstance(given, NoisyTokens) else clean
 
     def place(other: dict[str, jax.Array]) -> tuple[Callable, list[Any]]:
-        moved = jax.tree.map(lambda new, old: new - old, other, x)
+        moved = jax.tree.map(lambda new, old: new - old, other, clean)
         return tracing.perturb(model, names), [moved, *args]
 
     def scores(each: dict[str, jax.Array]) -> jax.Array:

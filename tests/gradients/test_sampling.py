@@ -1,9 +1,12 @@
 """Random methods around gradients: unbiased, and as far off as they say."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 
 import xviz_jax as xv
 from tests.contract.quick import quick_compilation as quick_compilation
@@ -89,10 +92,64 @@ def test_wrong_options_of_smooth(options, said):
         xv.smooth(xv.saliency(quadratic), **options)
 
 
-def test_noise_is_for_floats():
-    explain = xv.smooth(xv.saliency(lambda t: ROOT[t].sum(0)), noise=0.1)
-    with pytest.raises(ValueError, match="explain a model of embeddings"):
-        explain(jnp.arange(3), target=0, key=KEYS[0])
+TOKENS = jnp.array([2, 0, 1, 2])
+
+
+def of_embeddings(rows):
+    return jnp.tanh(rows @ SYMMETRIC).sum(axis=0)
+
+
+def of_tokens(tokens):
+    return of_embeddings(ROOT[tokens])
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        partial(xv.saliency, signed=True),
+        xv.input_x_gradient,
+        partial(xv.integrated_gradients, steps=4),
+        partial(xv.leave_one_out, baseline=0.0),
+    ],
+)
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_noise_on_tokens_is_noise_on_their_embeddings(method, wrap):
+    """With the same draws, and with what the model's table holds left alone."""
+    noise = lambda rows: 0.2 * (rows.max() - rows.min())
+    smooth = lambda model: xv.smooth(wrap(method(model)), noise=noise, samples=6)
+    found = smooth(of_tokens)(TOKENS, target=1, key=KEYS[0])
+    wanted = smooth(of_embeddings)(ROOT[TOKENS], target=1, key=KEYS[0])
+    scores = wanted.scores.reshape(len(TOKENS), -1).sum(axis=1)
+    np.testing.assert_allclose(found.scores, scores, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found.output, of_tokens(TOKENS)[1], rtol=1e-6)
+    assert np.abs(found.scores - method(of_tokens)(TOKENS, target=1).scores).max() > 0.1
+
+
+def test_noise_on_tokens_reaches_a_site_behind_them():
+    model = lambda tokens: checkpoint_name(ROOT[tokens], "rows").sum(axis=0) ** 2
+    at = partial(xv.saliency, signed=True, at="rows")
+    found = xv.smooth(at(model), noise=0.5, reduce="variance")(TOKENS, key=KEYS[0])
+    assert (found.scores[:, 0] > 0.1).all()  # the predicted class, on its own
+
+
+@pytest.mark.parametrize(
+    "explain",
+    [
+        xv.grad_cam(lambda t: checkpoint_name(ROOT[t], "rows").sum(0)),
+        xv.leave_one_out(lambda t, mask: mask @ ROOT[t], mask_argnum=1),
+    ],
+)
+def test_noise_that_would_be_lost_is_refused(explain):
+    args = (TOKENS, jnp.ones(4))[: 1 + ("leave" in explain.__qualname__)]
+    assert explain(*args, target=0).scores.any()
+    with pytest.raises(ValueError, match="not explained at embeddings"):
+        xv.smooth(explain, noise=0.1)(*args, target=0, key=KEYS[0])
+
+
+def test_noise_needs_floats_or_tokens():
+    explain = xv.smooth(xv.saliency(lambda pair: pair[0][pair[1]]), noise=0.1)
+    with pytest.raises(ValueError, match="has \\['float32', 'int32'\\]"):
+        explain((ROOT, TOKENS), target=0, key=KEYS[0])
 
 
 def test_baselines_of_expected_gradients_are_rows():

@@ -1,9 +1,12 @@
 """Methods that explain, or look at, what lies inside a model; and tokens."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 import xviz_jax as xv
@@ -37,6 +40,10 @@ def looped(x):
 
 def of_tokens(tokens):
     return transformer(WEIGHTS, TABLE[tokens])
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
 
 
 near = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
@@ -171,6 +178,68 @@ class TestMaps:
         block = [s for s in xv.tracing.sites(plain, example()) if s.kind == "block"][-1]
         at = xv.input_x_gradient(plain, at=block)(example(), target=1).scores
         near(found, at.reshape(LENGTH, WIDTH).sum(-1))
+
+    @pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+    @pytest.mark.parametrize("make", [xv.grad_cam, xv.hires_cam])
+    def test_convolutions_are_mapped_at_the_last_one(self, make, layout):
+        first, last = normal(1, 3, 3, 2, 5), normal(2, 3, 3, 5, 4)
+        channels = layout.index("C")
+        places = tuple({1, 2, 3} - {channels})
+        bias = jnp.expand_dims(jnp.arange(4.0) - 2, (0, *places))
+
+        def network(mark, image):
+            layouts = (layout, "HWIO", layout)
+            conv = partial(
+                jax.lax.conv_general_dilated, padding="SAME", dimension_numbers=layouts
+            )
+            x = jax.nn.relu(conv(image[None], first, (1, 1)))
+            x = mark(conv(x, last, (2, 1)) + bias)
+            return jax.nn.relu(x).mean(axis=(0, *places))
+
+        image = jnp.moveaxis(normal(3, 6, 8, 2), -1, channels - 1)
+        plain = make(partial(network, lambda x: x))(image, target=2).scores
+        tagged = partial(network, lambda x: checkpoint_name(x, "maps"))
+        axis = {"NHWC": -1, "NCHW": 1}[layout]
+        named = make(tagged, at="maps", channel_axis=axis)(image, target=2)
+        assert plain.shape == (3, 8)
+        assert plain.any()
+        near(plain, named.scores)
+
+    def test_layers_of_flax_and_scanned_ones_are_mapped(self):
+        bias = nnx.initializers.constant(0.7)
+        layer = nnx.Conv(2, 2, (3, 3), bias_init=bias, rngs=nnx.Rngs(0))
+        graph, state = nnx.split(layer)
+        image = normal(1, 5, 5, 2)
+
+        def last(x, mark=lambda x: x):
+            return jnp.tanh(mark(nnx.merge(graph, state)(x))).sum(axis=(0, 1))
+
+        wanted = xv.hires_cam(partial(last, mark=lambda x: checkpoint_name(x, "maps")))
+        wanted = wanted(image, target=1).scores
+        assert wanted.shape == (5, 5)
+        near(xv.hires_cam(last)(image, target=1).scores, wanted)
+
+        def scanned(x):
+            step = lambda x, _: (jnp.tanh(layer(x)), None)
+            return jax.lax.scan(step, x, None, length=3)[0].sum(axis=(0, 1))
+
+        before = jnp.tanh(layer(jnp.tanh(layer(image))))
+        wanted = xv.hires_cam(last)(before, target=1).scores
+        near(xv.hires_cam(scanned)(image, target=1).scores, wanted)
+
+    def test_a_sum_with_an_image_is_no_bias(self):
+        kernel = normal(1, 3, 3, 2, 2)
+
+        def model(image):
+            layouts = ("NHWC", "HWIO", "NHWC")
+            maps = jax.lax.conv_general_dilated(
+                image[None], kernel, (1, 1), "SAME", dimension_numbers=layouts
+            )
+            return (maps + image[None]).sum(axis=(0, 1, 2))
+
+        image = normal(2, 4, 4, 2)
+        scores = xv.hires_cam(model)(image, target=0).scores
+        near(scores.sum(), model(image)[0] - image[..., 0].sum())
 
     def test_what_cannot_be_mapped_is_refused(self):
         with pytest.raises(ValueError, match="no activation to map"):

@@ -315,6 +315,41 @@ def test_named():
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+def test_convolution():
+    """With the bias that is added to it, and only with that."""
+
+    def conv(x, kernel):
+        layouts = ("NCHW", "OIHW", "NCHW")
+        return jax.lax.conv_general_dilated(
+            x[None], kernel, (1, 1), "SAME", dimension_numbers=layouts
+        )[0]
+
+    def model(x, weights):
+        x = jnp.tanh(conv(x, weights["first"]["kernel"]))
+        x = conv(x, weights["last"]["kernel"]) + weights["last"]["bias"]
+        return jnp.tanh(x).sum(axis=(1, 2))
+
+    first, last = normal(1, 3, 2, 3, 3), normal(2, 4, 3, 3, 3)
+    weights = {"kernel": last, "bias": normal(3, 4, 1, 1)}
+    weights = {"first": {"kernel": first}, "last": weights}
+    x = normal(4, 2, 5, 6)
+    one, two = sites_of("convolution", model, x, weights)
+    assert (one.name, two.name) == ("first", "last")
+    assert (one.shape, two.shape) == ((1, 3, 5, 6), (4, 5, 6))
+    assert one.channel_axis == two.channel_axis == -3
+    capture = tracing.capture(model, ("activation",), of_kind("convolution"))
+    output, values = compiled(capture)(x, weights)
+    np.testing.assert_array_equal(output, compiled(model)(x, weights))
+    np.testing.assert_allclose(
+        values["first"]["activation"][0], conv(x, first), rtol=1e-5, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        jnp.tanh(values["last"]["activation"]).sum((1, 2)), output, rtol=1e-5
+    )
+    flat = tracing.replace(model, lambda site, x: jnp.zeros_like(x), sites=["last"])
+    np.testing.assert_array_equal(compiled(flat)(x, weights), 0)
+
+
 def test_named_twice_are_two_sites():
     def model(x, w):
         return _named_layer(_named_layer(x, w), w)

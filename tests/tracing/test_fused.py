@@ -42,7 +42,7 @@ def only_site(model, *args):
     likely = [
         site
         for site in tracing.sites(model, *args)
-        if site.kind not in ("block", "embedding", "named")
+        if site.kind not in ("block", "convolution", "embedding", "named")
     ]
     assert len(likely) == 1, likely
     assert likely[0].kind == "attention", likely[0].why

@@ -16,7 +16,7 @@ def activation_and_gradient(
     args: Sequence[Any],
     target: Target,
     at: str | Site | None,
-    channel_axis: int,
+    channel_axis: int | None,
     turn: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Reads an activation and its gradient in one forward and one backward pass.
@@ -25,8 +25,10 @@ def activation_and_gradient(
       model: Maps one example to logits.
       args: Its positional arguments.
       target: What is explained.
-      at: The site; None for the last named value, or else the last block's input.
-      channel_axis: The activation's axis of channels.
+      at: The site; None for the last named value, or else the last block's input, or
+        else the last convolution's output.
+      channel_axis: The activation's axis of channels; None for a convolution's own,
+        the last of any other.
       turn: Which turn of the loops around the site.
 
     Returns:
@@ -37,6 +39,8 @@ def activation_and_gradient(
       ValueError: If there is no such activation, or an option does not fit.
     """
     site = _find(model, args, at)
+    if channel_axis is None:
+        channel_axis = -1 if site.channel_axis is None else site.channel_axis
 
     def scalar(logits: jax.Array) -> jax.Array:
         return attribution.explained(attribution.hold(target, logits), logits)
@@ -75,11 +79,12 @@ def _find(model: Callable, args: Sequence[Any], at: str | Site | None) -> Site:
             )
         return site
     sites = tracing.sites(model, *args)
-    for kind in ("named", "block"):
+    for kind in ("named", "block", "convolution"):
         found = [site for site in sites if site.kind == kind]
         if found:
             return found[-1]
     raise ValueError(
-        "the model has no activation to map: no named value and no attention block "
-        "was found; mark one with `jax.ad_checkpoint.checkpoint_name` and pass `at=`"
+        "the model has no activation to map: no named value, attention block or "
+        "convolution was found; mark one with `jax.ad_checkpoint.checkpoint_name` "
+        "and pass `at=`"
     )

@@ -15,7 +15,7 @@ def hires_cam(
     model: Callable,
     *,
     at: str | Site | None = None,
-    channel_axis: int = -1,
+    channel_axis: int | None = None,
     turn: int = -1,
     rectify: bool = False,
 ) -> Callable[..., Attribution]:
@@ -30,9 +30,11 @@ def hires_cam(
       model: Maps one example to logits; any JAX function.
       at: The activation: a site that tracing found, or its name; mark one with
         `jax.ad_checkpoint.checkpoint_name`. By default the last value so marked, or
-        else the input of the last attention block.
-      channel_axis: The axis of channels or features; the others are places, but for
-        axes of size 1 before it, which are dropped.
+        else the input of the last attention block, or else the output of the last
+        convolution, its bias included, before whatever bends it.
+      channel_axis: The axis of channels or features; by default a convolution's own,
+        and the last of anything else. The others are places, but for axes of size 1
+        before it, which are dropped.
       turn: Which turn, where the activation lies in a loop over layers.
       rectify: Set places that speak against the target to zero.
 

@@ -44,14 +44,15 @@ def journey(
       ValueError: If there is no such site, or it is not one activation; as
         `attribution.ask` and `attribution.start` do.
     """
-    sites = attribution.sites_at(model, args, at)
+    question = attribution.ask(model, args, argnums)
+    assert question.place is not None
+    sites = attribution.sites_at(*question.place(question.x), at)
     for site in sites:
         if "activation" not in site.values:
             raise ValueError(
                 f"`at` names activations; {site.name!r} is a site of {site.kind}"
             )
     names = [site.name for site in sites]
-    question = attribution.ask(model, args, argnums)
     begin = attribution.start(baseline, question)
     logits = question.model(question.x)
     held = attribution.hold(target, logits)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from xviz_jax import attribution, chunks
 from xviz_jax.attribution import Attribution, Target
+from xviz_jax.noise import Noise, NoisyTokens, add
 
 _REDUCTIONS = ("mean", "square", "variance")
 
@@ -20,7 +21,7 @@ def smooth(
     explain: Callable[..., Attribution],
     *,
     samples: int = 32,
-    noise: float | Callable[[Any], Any],
+    noise: Noise,
     reduce: str = "mean",
     chunk: int = 8,
     argnums: int | Sequence[int] = 0,
@@ -31,14 +32,15 @@ def smooth(
     likely to be an accident of the exact input. Signed as `explain` is for the
     mean; never negative for squares and variance, which show where scores are large
     or unstable. Conserves nothing. Costs `samples` explanations, and a forward pass
-    once compiled; memory does not grow with `samples`. Reduces in float32.
+    once compiled; memory does not grow with `samples`. Reduces in float32. Of tokens
+    it is the embeddings that get noise, for methods that explain those.
 
     Args:
       explain: What a method returns. The predicted class is that of the clean input.
       samples: How many noisy copies.
-      noise: Standard deviation of the normal noise, in the input's units, or a
-        function of the input that returns it: `lambda x: 0.15 * (x.max() - x.min())`
-        is the paper's middle choice.
+      noise: Standard deviation of the normal noise, in units of the input or of the
+        embeddings, or a function of these that returns it:
+        `lambda x: 0.15 * (x.max() - x.min())` is the paper's middle choice.
       reduce: `mean` (SmoothGrad), `square` (SmoothGrad-squared) or `variance`
         (VarGrad).
       chunk: How many copies are explained at once.
@@ -53,8 +55,8 @@ def smooth(
       - `converged`: whether all copies' explanations did; only where they say so.
 
     Raises:
-      ValueError: If there is no key, the input is not made of floats, or an option
-        does not fit.
+      ValueError: If there is no key, the input is neither made of floats nor of
+        tokens whose embeddings the method explains, or an option does not fit.
 
     >>> from xviz_jax.gradients import saliency
     >>> explain = smooth(saliency(lambda x: x**2), noise=0.1, reduce="variance")
@@ -78,7 +80,7 @@ def smooth(
 
         def sample(keys: jax.Array) -> tuple[Any, jax.Array]:
             shaken = _shaken(args, argnums, noise, keys[0])
-            found = explain(*shaken, target=held, key=keys[1])
+            found = _explained(explain, shaken, target=held, key=keys[1])
             good = jnp.asarray(found.diagnostics.get("converged", True))
             return _power(found.scores, reduce), jnp.all(good).astype(jnp.float32)
 
@@ -113,10 +115,7 @@ def _held(explain: Callable, args: Sequence[Any], target: Target, key: Any) -> T
 
 
 def _shaken(
-    args: Sequence[Any],
-    argnums: int | Sequence[int],
-    noise: float | Callable[[Any], Any],
-    key: jax.Array,
+    args: Sequence[Any], argnums: int | Sequence[int], noise: Noise, key: jax.Array
 ) -> list[Any]:
     shaken = list(args)
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
@@ -125,23 +124,30 @@ def _shaken(
             raise ValueError(
                 f"`argnums` is {argnums}, but {len(args)} positional arguments came"
             )
-        leaves, tree = jax.tree.flatten(shaken[number])
-        for leaf in leaves:
-            if not jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating):
-                raise ValueError(
-                    "`smooth` adds noise to floats: the input must be a float array, "
-                    f"got {leaf.dtype}; explain a model of embeddings instead of tokens"
-                )
-        width = noise(shaken[number]) if callable(noise) else noise
-        width = jnp.asarray(width).astype(jnp.float32)
-        keys = jax.random.split(jax.random.fold_in(key, place), len(leaves))
-        moved = [
-            (leaf.astype(jnp.float32) + width * jax.random.normal(own, leaf.shape))
-            for leaf, own in zip(leaves, keys, strict=True)
-        ]
-        cast = [new.astype(leaf.dtype) for new, leaf in zip(moved, leaves, strict=True)]
-        shaken[number] = jax.tree.unflatten(tree, cast)
+        given, own = shaken[number], jax.random.fold_in(key, place)
+        kinds = {jnp.asarray(leaf).dtype for leaf in jax.tree.leaves(given)}
+        if all(jnp.issubdtype(kind, jnp.floating) for kind in kinds):
+            shaken[number] = add(given, noise, own)
+        elif hasattr(given, "dtype") and jnp.issubdtype(given.dtype, jnp.integer):
+            shaken[number] = NoisyTokens(jnp.asarray(given), own, noise)
+        else:
+            raise ValueError(
+                "`smooth` adds noise to floats, or to the embeddings of one array of "
+                f"tokens; the input has {sorted(map(str, kinds))}"
+            )
     return shaken
+
+
+def _explained(explain: Callable, args: Sequence[Any], **options: Any) -> Attribution:
+    try:
+        return explain(*args, **options)
+    except (AttributeError, IndexError, TypeError) as error:
+        if not any(isinstance(each, NoisyTokens) for each in args):
+            raise
+        raise ValueError(
+            "`smooth` adds noise to the embeddings of tokens, and this method, or "
+            "this argument of it, is not explained at embeddings"
+        ) from error
 
 
 def _power(scores: Any, reduce: str) -> Any:

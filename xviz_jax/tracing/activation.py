@@ -1,5 +1,6 @@
-"""Sites that are one array: a looked-up embedding, a named value, a block's input."""
+"""Sites that are one array: embeddings, named values, blocks, feature maps."""
 
+import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -78,6 +79,51 @@ def named(body: Body) -> list[tuple[Node, str]]:
     return [
         (leaf, leaf.params["name"]) for leaf in body.leaves if leaf.primitive == "name"
     ]
+
+
+def convolutions(graph: Graph, body: Body) -> list[tuple[Node, int, int]]:
+    """Convolutions, their outputs with their biases, and the axis of channels there.
+
+    The axis is counted from the last, so that a batch axis of size 1 that is dropped
+    on the way to the bias leaves it as it is.
+    """
+    found = []
+    for leaf in body.leaves:
+        if leaf.primitive == "conv_general_dilated":
+            channels = leaf.params["dimension_numbers"].out_spec[1]
+            axis = channels - len(graph.shape(leaf.outs[0]))
+            atom = leaf.outs[0]
+            biased = _with_bias(graph, atom, graph.shape(atom)[axis])
+            found.append((leaf, biased, axis))
+    return found
+
+
+def _with_bias(graph: Graph, atom: int, channels: int) -> int:
+    last, shape = atom, graph.shape(atom)
+    while len(users := graph.users.get(last, ())) == 1 and users[0].kind == "leaf":
+        node = users[0]
+        new = graph.shape(node.outs[0]) if node.outs else ()
+        if node.primitive == "add" and new == graph.shape(last):
+            other = node.ins[1 - node.ins.index(last)]
+            return node.outs[0] if _is_bias(graph, other, channels) else atom
+        dropped = len(shape) - len(new)
+        same = 0 <= dropped and shape == (1,) * dropped + new
+        if node.primitive not in ("reshape", "squeeze") or not same:
+            return atom
+        last = node.outs[0]
+    return atom
+
+
+def _is_bias(graph: Graph, atom: Atom, channels: int) -> bool:
+    """Whether a value is one parameter for each channel, or one for all."""
+    if not is_raw(graph, atom):
+        return False
+    while not isinstance(atom, Literal) and math.prod(graph.shape(atom)) > channels:
+        node = graph.source(atom)
+        if node is None:
+            return False
+        atom = node.ins[0]
+    return True
 
 
 class Lookups:

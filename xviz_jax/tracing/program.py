@@ -33,6 +33,7 @@ _BACKWARD = ("transpose(", "rematted_computation")
 # Last parts of a parameter's path that say what it is, not where.
 _LEAVES = ("value", "raw_value", "kernel", "weight", "w", "W", "embedding")
 _WRAPPED = re.compile(r"^(vmap|jvp|jit|pjit|remat|checkpoint|transpose)\(.*\)$")
+_ACTIVATIONS = ("named", "block", "embedding", "convolution")
 _ENDLESS = (
     "it lies in a `while_loop`, and how often that turns is not known beforehand; "
     "`fori_loop` with fixed bounds can be read"
@@ -146,7 +147,7 @@ def _locate(graph: Graph, inputs: dict[int, tuple[str, ...]]) -> tuple[Located, 
         for node, base, values, site in _sites_of(graph, body, around, lookups, inputs):
             if any(mark in node.scope for mark in _BACKWARD):
                 continue
-            if endless and site.kind in ("named", "block", "embedding"):
+            if endless and site.kind in _ACTIVATIONS:
                 continue
             place = (*order, node.index)
             site = dataclasses.replace(site, order=place)
@@ -239,6 +240,11 @@ def _sites_of(
     for node, base in activation.named(body):
         site = _activation_site(graph, "named", node.outs[0], around)
         yield node, base, ActivationValues(graph, node.outs[0]), site
+    for node, atom, axis in activation.convolutions(graph, body):
+        base = _scope_name(node.scope) or _kernel_name(graph, node, inputs)
+        site = _activation_site(graph, "convolution", atom, around)
+        site = dataclasses.replace(site, channel_axis=axis)
+        yield node, base, ActivationValues(graph, atom), site
 
 
 def _around(body: Body) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -337,6 +343,12 @@ def _parameter_name(graph, reading: Reading, inputs) -> str:
         while common and common[-1] in _LEAVES:
             common.pop()
     return "/".join(common)
+
+
+def _kernel_name(graph: Graph, node: Node, inputs) -> str:
+    """The path of a convolution's layer."""
+    path = _input_path(graph, node.ins[1], inputs) or ()
+    return "/".join(part for part in path if part not in _LEAVES)
 
 
 def _table_name(graph: Graph, node: Node, inputs) -> str:

@@ -16,7 +16,8 @@ class Site:
       kind: `attention`; `inverted`, normalised over queries; `pooling`, without a
         query-key product; `router`, gates of experts; `embedding`, a table looked
         up by an integer input; `named`, marked by `checkpoint_name`; `block`, the
-        input of a layer; `unknown`, seen but not understood.
+        input of a layer; `convolution`, the output of one, its bias included;
+        `unknown`, seen but not understood.
       loops: Lengths of the loops it lies in, outermost first.
       turns: What each loop around attention runs over: `layers`; `reversed`, layers
         with the last one first; `queries`, contiguous chunks of them; `parallel`,
@@ -31,6 +32,8 @@ class Site:
         the product to the softmax is not understood.
       softcap: `c` of `c * tanh(scores / c)`.
       values: What `capture` can read of it.
+      channel_axis: For a convolution, which axis holds its channels, counted from
+        the last.
       inputs: For an embedding, which array arguments are looked up, counted flat.
       order: Where in the program it runs: positions of the loops around it, then
         its own.
@@ -51,6 +54,7 @@ class Site:
     scale: float | None = None
     softcap: float | None = None
     values: tuple[str, ...] = ()
+    channel_axis: int | None = None
     inputs: tuple[int, ...] = ()
     order: tuple[int, ...] = ()
     joins: str = ""
