@@ -36,6 +36,7 @@ def rollout_rows(
     douts: Stack | None = None,
     lses: Stack | None = None,
     head_weights: Stack | None = None,
+    thresholds: Stack | None = None,
     key_masks: Stack | None = None,
     masks: Stack | None = None,
     biases: Stack | None = None,
@@ -76,6 +77,7 @@ def rollout_rows(
       douts: cotangents of the attention outputs, `[L, *batch, N, H, d_v]`.
       lses: their `attention_lse`, `[L, *batch, H, N]`, if known.
       head_weights: `[L, H]` or `[L, *batch, H]`, for head_fusion="weighted".
+      thresholds: `[L, *batch]`, entries of each F below it count as zero.
       key_masks: `key_mask` of every layer, where the layers have their own.
       masks: `mask` of every layer.
       biases: `bias` of every layer.
@@ -116,6 +118,7 @@ def rollout_rows(
             "dout": douts,
             "lse": lses,
             "head_weights": head_weights,
+            "threshold": thresholds,
             "key_mask": key_masks,
             "mask": masks,
             "bias": biases,

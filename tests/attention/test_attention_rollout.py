@@ -156,7 +156,7 @@ def test_a_position_outside_is_not_a_number():
     ("options", "said"),
     [
         ({"heads": "median"}, "got 'median'"),
-        ({"residual": 1.5}, "from 0 to 1, got 1.5"),
+        ({"residual": 1.5}, "from 0 to 1 or .add., got 1.5"),
         ({"query": 5}, "from -5 to 4, got 5"),
         ({"query": 0.5}, "one integer position"),
         ({"start_layer": 2}, "from 0 to 1 for 2 layers, got 2"),

@@ -192,6 +192,14 @@ METHODS = [
         class_blind=True,
     ),
     attention("attention_relevance", xv.attention_relevance),
+    attention("raw_attention", xv.raw_attention, class_blind=True),
+    attention("gradient_rollout", xv.gradient_rollout),
+    attention("attention_grad_cam", xv.attention_grad_cam),
+    attention("grad_sam", xv.grad_sam),
+    attention("attcat", xv.attcat, additive=True),
+    Method("attn_lrp", xv.attn_lrp, linear=times, quadratic=True, additive=True),
+    Method("cp_lrp", xv.cp_lrp, linear=times, quadratic=True, additive=True),
+    attention("attention_statistics", xv.attention_statistics, class_blind=True),
 ]
 
 

@@ -63,9 +63,9 @@ def attention_relevance(
         row = rows.propagate(
             layers.since(found, start_layer),
             query,
+            rows.Fusion(heads, "relu_gradient_x_attention"),
             residual="add",
-            heads=heads,
-            relevance="relu_gradient_x_attention",
+            normalize=heads != "mean",
         )
         return Attribution(
             scores=row,

@@ -4,21 +4,32 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
+import jax.numpy as jnp
 
 from xviz_jax import attribution
 from xviz_jax.attention import layers, rows
 from xviz_jax.attribution import Attribution, Target
 
 Heads = Literal["mean", "max", "min"]
+Convention = Literal["abnar2020", "chefer2021", "vit_explain"]
+# The residual, and the fraction of entries that are discarded.
+_CONVENTIONS: dict[str, tuple[Literal["add"] | float, float]] = {
+    "abnar2020": (0.5, 0.0),
+    "chefer2021": ("add", 0.0),
+    "vit_explain": (0.5, 0.9),
+}
 
 
 def attention_rollout(
     model: Callable,
     *,
-    query: int | jax.Array = 0,
-    heads: Heads = "mean",
-    residual: float = 0.5,
+    query: int | jax.Array | None = 0,
+    heads: Heads | jax.Array = "mean",
+    residual: Literal["add"] | float | None = None,
+    discard_ratio: float | None = None,
     start_layer: int = 0,
+    exclude_self: bool = False,
+    convention: Convention = "abnar2020",
 ) -> Callable[..., Attribution]:
     """Follows attention from one position down to the input, through every layer.
 
@@ -34,20 +45,33 @@ def attention_rollout(
       model: Maps one example to logits; any JAX function, with its attention found
         by tracing. One sequence, one example.
       query: The position that is explained: 0 for a class token, -1 for the last
-        token of a decoder. May be traced.
-      heads: How heads are fused: `mean`, `max` or `min`. The last two do not keep
-        rows summing to one; rows are normalised after the residual is added.
-      residual: Weight of the identity in each layer, from 0 (none) to 1; 0.5 is the
-        paper's.
+        token of a decoder. May be traced. None for all of them, in memory that grows
+        with the square of the length.
+      heads: How heads are fused: `mean`, `max`, `min`, or weights of heads, float
+        `[heads]`. Rows that no longer sum to one are normalised after the residual is
+        added.
+      residual: Weight of the identity in each layer, from 0 (none) to 1; or `add`,
+        the identity and all of attention, and rows are never normalised. None for the
+        convention's.
+      discard_ratio: The fraction of entries of each layer's fused map, its lowest,
+        that count as zero. None for the convention's.
       start_layer: The first layer taken along; earlier ones are left out.
+      exclude_self: Whether the explained position's own score becomes zero, and the
+        others are divided by their sum.
+      convention: Whose residual and discarding are the defaults: `abnar2020`, the
+        paper's, 0.5 and nothing; `chefer2021`, the baseline of the relevance papers
+        for images, `add` and nothing; `vit_explain`, 0.5 and 0.9, of
+        github.com/jacobgil/vit-explain, but with rows divided by row sums, not
+        columns, and no entry spared.
 
     Returns:
       `explain(*args, target=None, key=None) -> Attribution`, with one score for
-      each position, non-negative, and these diagnostics:
+      each position, non-negative, `[length]` or, of all queries, `[length, length]`;
+      and these diagnostics, of each query:
 
-      - `mass`: sum of the scores, 1 but for rounding;
-      - `self_share`: the share of the explained position itself, which the residual
-        makes large.
+      - `mass`: sum of the scores, 1 but for rounding, unless the residual is `add`;
+      - `self_share`: the score of the explained position itself, before it is
+        excluded, which the residual makes large.
 
     Raises:
       ValueError: If the model has no self-attention over one sequence, or attention
@@ -55,22 +79,65 @@ def attention_rollout(
 
     Source: equations 1 and 2 of the paper; rows are queries.
     """
-    check_heads(heads)
-    if not 0 <= residual <= 1:
-        raise ValueError(f"`residual` is a weight from 0 to 1, got {residual}")
+    if convention not in _CONVENTIONS:
+        raise ValueError(
+            f"`convention` is one of {list(_CONVENTIONS)}, got {convention!r}"
+        )
+    kept, discarded = _CONVENTIONS[convention]
+    kept = kept if residual is None else residual
+    discarded = discarded if discard_ratio is None else discard_ratio
+    if kept != "add" and (isinstance(kept, str) or not 0 <= kept <= 1):
+        raise ValueError(f"`residual` is a weight from 0 to 1 or 'add', got {kept!r}")
+    if not 0 <= discarded < 1:
+        raise ValueError(f"`discard_ratio` is from 0 to less than 1, got {discarded}")
+    fusion = _fusion(heads, float(discarded))
+    options: dict[str, Any] = {
+        "residual": kept if kept == "add" else float(kept),
+        "normalize": kept != "add",
+    }
 
     def explain(*args: Any, target: Target = None, key: Any = None) -> Attribution:
         del key
         logits, found = layers.capture(model, args)
+        _check_weights(fusion, found)
         found = layers.since(found, start_layer)
-        row = rows.propagate(found, query, residual=float(residual), heads=heads)
+        if query is None:
+            scores = rows.product(found, fusion, **options)
+            own = jnp.eye(len(scores), dtype=bool)
+        else:
+            scores = rows.propagate(found, query, fusion, **options)
+            own = rows.one_hot(query, len(scores)) > 0
+        self_share = jnp.sum(jnp.where(own, scores, 0), axis=-1)
+        if exclude_self:
+            scores = jnp.where(own, 0, scores)
+            total = jnp.sum(scores, axis=-1, keepdims=True)
+            scores = scores / jnp.where(total == 0, 1, total)
         return Attribution(
-            scores=row,
+            scores=scores,
             output=attribution.explained(attribution.hold(target, logits), logits),
-            diagnostics=rows.diagnostics(row, query),
+            diagnostics={"mass": jnp.sum(scores, axis=-1), "self_share": self_share},
         )
 
     return explain
+
+
+def _fusion(heads: Heads | jax.Array, discard_ratio: float) -> rows.Fusion:
+    if isinstance(heads, str):
+        check_heads(heads)
+        return rows.Fusion(heads, discard_ratio=discard_ratio)
+    weights = jnp.asarray(heads, jnp.float32)
+    if weights.ndim != 1:
+        raise ValueError(f"`heads` has one weight for each, got shape {weights.shape}")
+    return rows.Fusion("weighted", head_weights=weights, discard_ratio=discard_ratio)
+
+
+def _check_weights(fusion: rows.Fusion, found: list[layers.Layer]) -> None:
+    counts = {layer.site.shape[-3] for layer in found}
+    if fusion.head_weights is not None and counts != {len(fusion.head_weights)}:
+        raise ValueError(
+            f"`heads` has {len(fusion.head_weights)} weights for layers of "
+            f"{sorted(counts)} heads"
+        )
 
 
 def check_heads(heads: str) -> None:

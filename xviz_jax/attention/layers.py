@@ -18,6 +18,8 @@ from xviz_jax.tracing.transforms import read, read_cotangents
 # A map of this size is read as the model made it: it fits a cache, and making it
 # again costs more than keeping it.
 _SMALL_MAP = 8 * 2**20
+# What is added to the scores of keys that are not to be seen is at most this.
+_MASKING_BIAS = -9e3
 _TILED = ("query", "key", "bias", "remaining_mask")
 _DENSE = ("probabilities",)
 _ALONG_QUERIES = {"query": -3, "output": -3, "output_cotangent": -3}
@@ -58,6 +60,8 @@ def capture(
     model: Callable,
     args: Sequence[Any],
     scalar: Callable[[jax.Array], jax.Array] | None = None,
+    *,
+    streams: bool = False,
 ) -> tuple[jax.Array, list[Layer]]:
     """Runs a model and reads its self-attention.
 
@@ -83,8 +87,39 @@ def capture(
             site.name: ("value", *(_TILED if _is_tiled(site, sites) else _DENSE))
             for site in sites
         }
+        entries = _streams(program.sites, sites) if streams else {}
+        wanted |= {site.name: ("activation",) for site in entries.values()}
         output, found = read_cotangents(program, scalar, wanted, once=True)
+        for name, site in entries.items():
+            own = found.pop(site.name)
+            for kind in ("activation", "output_cotangent"):
+                ending = kind.removeprefix("activation").removeprefix("output")
+                found[name][f"stream{ending}"] = _sequence(site, own[kind])
     return output, _in_order(sites, found)
+
+
+def _streams(sites: Sequence[Site], layers: Sequence[Site]) -> dict[str, Site]:
+    """The block that each layer of attention lies in, by the layer's name."""
+    found = {}
+    for layer in layers:
+        before = [
+            site
+            for site in sites
+            if site.order[:-1] == layer.order[:-1] and site.order < layer.order
+        ]
+        blocks = [site for site in before if site.kind == "block"]
+        others = [site for site in before if site.kind == "attention"]
+        if not blocks or (others and others[-1].order > blocks[-1].order):
+            raise ValueError(
+                f"no residual stream was found that {layer.name!r} is added to"
+            )
+        found[layer.name] = blocks[-1]
+    return found
+
+
+def _sequence(site: Site, array: jax.Array) -> jax.Array:
+    """A stream `[*loops, length, features]`, without a batch of one."""
+    return array.reshape(*site.loops, *array.shape[-2:])
 
 
 def self_attention(sites: Sequence[Site]) -> tuple[Site, ...]:
@@ -252,6 +287,46 @@ def _joined(site: Site, name: str, array: jax.Array) -> jax.Array:
     array = jnp.moveaxis(jnp.broadcast_to(array, shape), loop, axis - 1)
     shape = list(array.shape)
     return array.reshape(*shape[: axis - 1], chunks * chunk, *shape[axis + 1 :])
+
+
+def pick(layers: Sequence[Layer], number: int) -> Layer:
+    """One layer by its number, as a layer of its own; -1 is the last.
+
+    Raises:
+      ValueError: If there is none.
+    """
+    depth = sum(layer.length for layer in layers)
+    if not -depth <= number < depth:
+        raise ValueError(
+            f"`layer` is from {-depth} to {depth - 1} for {depth} layers, got {number}"
+        )
+    turns = [(layer, turn) for layer in layers for turn in range(layer.length)]
+    layer, number = turns[number]
+    if layer.count is None:
+        return layer
+    values = {
+        name: array[number if len(array) == layer.count else 0]
+        for name, array in layer.values.items()
+    }
+    return Layer(layer.site, None, values)
+
+
+def attended(layers: Sequence[Layer]) -> jax.Array:
+    """Which positions any query of the first layer may attend, bool `[length]`.
+
+    Padding is what no query may.
+    """
+    layer = pick(layers, 0)
+    if "probabilities" in layer.values:
+        return jnp.any(layer.values["probabilities"] > 0, axis=(0, 1, 2))
+    seen = jnp.ones(layer.site.shape[-1], bool)
+    if "remaining_mask" in layer.values:
+        mask = layer.values["remaining_mask"]
+        seen &= jnp.any(mask, axis=tuple(range(mask.ndim - 1)))
+    if "bias" in layer.values:
+        bias = layer.values["bias"]
+        seen &= jnp.any(bias > _MASKING_BIAS, axis=tuple(range(bias.ndim - 1)))
+    return seen
 
 
 def since(layers: Sequence[Layer], start: int) -> list[Layer]:

@@ -1,15 +1,30 @@
 """Rows carried through layers of attention, from the last to the first."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from xviz_jax.attention.layers import Layer
+from xviz_jax.attention.layers import Layer, attended
+from xviz_jax.kernels.attention_fused_matrix import attention_fused_matrix
+from xviz_jax.kernels.attention_fused_quantile import attention_fused_quantile
 from xviz_jax.kernels.attention_map import HeadFusion, Relevance
 from xviz_jax.kernels.rollout_rows import rollout_rows
 
+# What kernels of one layer call the stacks of those of several.
+SINGLE = {
+    "qs": "q",
+    "ks": "k",
+    "vs": "v",
+    "douts": "dout",
+    "masks": "mask",
+    "biases": "bias",
+    "key_masks": "key_mask",
+    "head_weights": "head_weights",
+    "thresholds": "threshold",
+}
 _SINGULAR = {"masks": "mask", "biases": "bias", "key_masks": "key_mask"}
 
 
@@ -34,57 +49,198 @@ def one_hot(query: int | jax.Array, length: int) -> jax.Array:
     return jnp.where(valid, row, jnp.nan)
 
 
+@dataclasses.dataclass(frozen=True)
+class Fusion:
+    """How a layer's heads become one matrix, and what becomes of it.
+
+    Attributes:
+      heads: As `head_fusion` of `kernels.rollout_rows`.
+      relevance: As in `kernels.rollout_rows`.
+      head_weights: `[heads]`, the same in every layer, for `weighted`.
+      rectify: Whether negative entries become zero once the heads are fused.
+      discard_ratio: The fraction of entries of each fused map, its lowest, to zero.
+    """
+
+    heads: HeadFusion = "mean"
+    relevance: Relevance = "attention"
+    head_weights: jax.Array | None = None
+    rectify: bool = False
+    discard_ratio: float = 0.0
+
+    @property
+    def keeps_sums(self) -> bool:
+        """Whether rows sum to one because those of attention do."""
+        plain = self.heads == "mean" and self.relevance == "attention"
+        return plain and not self.discard_ratio
+
+
 def propagate(
     layers: Sequence[Layer],
     query: int | jax.Array,
+    fusion: Fusion,
     *,
     residual: Literal["add"] | float,
-    heads: HeadFusion,
-    relevance: Relevance = "attention",
+    normalize: bool = False,
 ) -> jax.Array:
     """A row of the product of all layers, from the last to the first.
 
     Args:
       layers: As `capture` gives them, at least one.
-      query: Which row.
+      query: Which row; or weights of rows, float `[length]`.
+      fusion: How heads are fused.
       residual: As in `kernels.rollout_rows`.
-      heads: How heads are fused. Rows of `max` and `min` are normalised.
-      relevance: As in `kernels.rollout_rows`.
+      normalize: Whether rows of each layer are divided by their sums, where these
+        are not one anyway.
 
     Returns:
       The row, float32 `[length]`.
     """
     length = layers[-1].site.shape[-1]
-    start = one_hot(query, length)
-    row = None
+    weighed = jnp.ndim(query) == 1
+    start = jnp.asarray(query) if weighed else one_hot(query, length)
+    normalize = normalize and not fusion.keeps_sums
+    row = start if weighed else None
     for layer in reversed(layers):
         if "probabilities" in layer.values:
             begin = start if row is None else row
-            row = _dense(layer, begin, residual, heads, relevance)
+            row = _dense(layer, begin, residual, normalize, fusion)
             continue
         rows = row[None, None] if row is not None else jnp.asarray(query)[None]
-        options = _options(layer, relevance)
+        options = stacks_of(layer, fusion)
         row = rollout_rows(
             **options,
             rows=rows,
             residual=residual,
-            normalize=heads != "mean",
-            head_fusion=heads,
-            relevance=relevance,
-            causal=bool(layer.site.causal),
-            window=layer.site.window,
-            scale=layer.site.scale,
-            softcap=layer.site.softcap,
+            normalize=normalize,
+            discard_ratio=fusion.discard_ratio,
+            head_fusion=fusion.heads,
+            relevance=fusion.relevance,
+            **scoring(layer),
         )[0][0, 0]
     assert row is not None
     return row
 
 
-def _options(layer: Layer, relevance: str) -> dict[str, Any]:
+def each(layers: Sequence[Layer], query: int | jax.Array, fusion: Fusion) -> jax.Array:
+    """The same row, or weighted sum of rows, of every layer by itself.
+
+    Args:
+      layers: As `capture` gives them, at least one.
+      query: As for `propagate`.
+      fusion: How heads are fused.
+
+    Returns:
+      Rows of the fused matrices, first layer first, float32 `[depth, length]`.
+    """
+    one = lambda layer: propagate([layer], query, fusion, residual=0.0)
+    return jnp.concatenate(apart(layers, one))
+
+
+def apart(layers: Sequence[Layer], function: Callable[[Layer], Any]) -> list[Any]:
+    """What a function makes of every layer by itself, a loop's one after another.
+
+    Args:
+      layers: As `capture` gives them, at least one.
+      function: Takes a layer without an axis of layers.
+
+    Returns:
+      For each of `layers`, results with an axis of its layers in front.
+    """
+    found = []
+    for layer in layers:
+        if layer.count is None:
+            found.append(jax.tree.map(lambda leaf: leaf[None], function(layer)))
+            continue
+        own, same = split(layer)
+
+        def turn(own: Any, layer: Layer = layer, same: Any = same) -> Any:
+            return function(Layer(layer.site, None, {**same, **own}))
+
+        found.append(jax.lax.map(turn, own))
+    return found
+
+
+def product(
+    layers: Sequence[Layer],
+    fusion: Fusion,
+    *,
+    residual: Literal["add"] | float,
+    normalize: bool = False,
+) -> jax.Array:
+    """The product of all layers, every row of it.
+
+    Args:
+      layers: As `capture` gives them, at least one.
+      fusion: How heads are fused.
+      residual: As in `kernels.rollout_rows`.
+      normalize: As for `propagate`.
+
+    Returns:
+      The matrix, float32 `[query, key]`.
+    """
+    kept, mixed = _shares(residual)
+    identity = jnp.eye(layers[-1].site.shape[-1], dtype=jnp.float32)
+
+    def through(below: jax.Array, layer: Layer) -> jax.Array:
+        step = kept * identity + mixed * _matrix(layer, fusion)
+        if normalize and not fusion.keeps_sums:
+            total = jnp.sum(step, axis=-1, keepdims=True)
+            step = step / jnp.where(total == 0, 1, total)
+        return jnp.matmul(step, below, precision="highest")
+
+    found = identity
+    for layer in layers:
+        if layer.count is None:
+            found = through(found, layer)
+            continue
+        own, same = split(layer)
+
+        def turn(below: jax.Array, own: Any, layer=layer, same=same) -> Any:
+            return through(below, Layer(layer.site, None, {**same, **own})), None
+
+        found, _ = jax.lax.scan(turn, found, own)
+    return found
+
+
+def split(layer: Layer) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """What each of several layers has of its own, and what all have alike."""
+    own = {n: a for n, a in layer.values.items() if len(a) == layer.count}
+    return own, {n: a[0] for n, a in layer.values.items() if n not in own}
+
+
+def scoring(layer: Layer) -> dict[str, Any]:
+    """How a kernel makes a layer's probabilities of its queries and keys."""
+    return {
+        "causal": bool(layer.site.causal),
+        "window": layer.site.window,
+        "scale": layer.site.scale,
+        "softcap": layer.site.softcap,
+    }
+
+
+def _shares(residual: Literal["add"] | float) -> tuple[float, float]:
+    """Of the identity and of attention."""
+    return (1.0, 1.0) if residual == "add" else (residual, 1 - residual)
+
+
+def _matrix(layer: Layer, fusion: Fusion) -> jax.Array:
+    """The fused map of one layer, float32 `[query, key]`."""
+    if "probabilities" in layer.values:
+        return _fused(layer.values, fusion)
+    options = {SINGLE[n]: stack[0] for n, stack in stacks_of(layer, fusion).items()}
+    options |= scoring(layer)
+    options |= {"relevance": fusion.relevance, "head_fusion": fusion.heads}
+    if fusion.discard_ratio:
+        ratio = fusion.discard_ratio
+        options["threshold"] = attention_fused_quantile(ratio=ratio, **options)
+    return attention_fused_matrix(**options)[0]
+
+
+def stacks_of(layer: Layer, fusion: Fusion) -> dict[str, Any]:
     """Array arguments of `rollout_rows`."""
     values = dict(layer.values)
     stacks = {"qs": values["query"], "ks": values["key"]}
-    if relevance != "attention":
+    if fusion.relevance != "attention":
         stacks["vs"] = values["value"]
         # The gradient of a 16-bit output has no more than 16 bits.
         stacks["douts"] = values["output_cotangent"].astype(values["value"].dtype)
@@ -97,6 +253,14 @@ def _options(layer: Layer, relevance: str) -> dict[str, Any]:
         if name == "remaining_mask" and array.shape[-3:-1] == (1, 1):
             plural, array = "key_masks", array[..., 0, 0, :]
         stacks[plural] = array
+    every = layer.count or 1
+    if fusion.head_weights is not None:
+        shape = (every, *fusion.head_weights.shape)
+        own = jnp.broadcast_to(fusion.head_weights, shape)
+        stacks["head_weights"] = own if layer.count is not None else own[0]
+    if fusion.rectify:
+        own = jnp.zeros((every, 1), jnp.float32)
+        stacks["thresholds"] = own if layer.count is not None else own[0]
     if layer.count is None:
         return {name: [array] for name, array in stacks.items()}
     options = {}
@@ -114,8 +278,8 @@ def _dense(
     layer: Layer,
     row: jax.Array,
     residual: Literal["add"] | float,
-    heads: str,
-    relevance: str,
+    normalize: bool,
+    fusion: Fusion,
 ) -> jax.Array:
     """Rows through layers of which the maps are at hand."""
     arrays = layer.values
@@ -125,38 +289,47 @@ def _dense(
             {n: array[turn if len(array) > 1 else 0] for n, array in arrays.items()}
             for turn in range(layer.count)
         ]
-    kept, mixed = 1.0, 1.0
-    if residual != "add":
-        kept, mixed = residual, 1 - residual
+    kept, mixed = _shares(residual)
     for values in reversed(turns):
-        fused = _fused(values, heads, relevance)
-        if heads != "mean":
+        fused = _fused(values, fusion)
+        if normalize:
             total = kept + mixed * jnp.sum(fused, axis=-1)
-            row = row / jnp.where(total > 0, total, 1)
-        # Its rows sum to one otherwise, and still do with the identity mixed in.
+            row = row / jnp.where(total == 0, 1, total)
         row = kept * row + mixed * jnp.matmul(row, fused, precision="highest")
     return row
 
 
-def _fused(values: dict[str, jax.Array], heads: str, relevance: str) -> jax.Array:
+def _fused(values: dict[str, jax.Array], fusion: Fusion) -> jax.Array:
     """The map of one layer with its heads fused, float32 `[length, length]`."""
     weights = values["probabilities"][0].astype(jnp.float32)
-    if relevance != "attention":
-        gradient = values.get("probabilities_cotangent")
-        if gradient is None:
-            group = weights.shape[0] // values["value"].shape[-2]
-            value = jnp.repeat(values["value"][0].astype(jnp.float32), group, axis=1)
-            gradient = jnp.einsum(
-                "qhd,khd->hqk",
-                values["output_cotangent"][0],
-                value,
-                precision="highest",
-            )
-        else:
-            gradient = gradient[0]
-        weights = jax.nn.relu(weights * gradient)
+    if fusion.relevance != "attention":
+        weights = weights * gradient(values)
+    if fusion.relevance == "relu_gradient_x_attention":
+        weights = jax.nn.relu(weights)
+    if fusion.head_weights is not None:
+        weights = weights * fusion.head_weights[:, None, None]
     fuse: dict[str, Callable] = {"mean": jnp.mean, "max": jnp.max, "min": jnp.min}
-    return fuse[heads](weights, axis=0)
+    fused = fuse.get(fusion.heads, jnp.sum)(weights, axis=0)
+    if fusion.discard_ratio:
+        lowest = int(fusion.discard_ratio * fused.size)
+        fused = jnp.where(fused < jnp.sort(fused, axis=None)[lowest], 0, fused)
+    return jax.nn.relu(fused) if fusion.rectify else fused
+
+
+def gradient(values: dict[str, jax.Array]) -> jax.Array:
+    """The gradient at one layer's map, float32 `[heads, query, key]`."""
+    if "probabilities_cotangent" in values:
+        return values["probabilities_cotangent"][0].astype(jnp.float32)
+    cotangent = values["output_cotangent"][0].astype(jnp.float32)
+    group = cotangent.shape[-2] // values["value"].shape[-2]
+    value = jnp.repeat(values["value"][0].astype(jnp.float32), group, axis=1)
+    return jnp.einsum("qhd,khd->hqk", cotangent, value, precision="highest")
+
+
+def uniform(layers: Sequence[Layer]) -> jax.Array:
+    """Equal weights of all rows but padding's, float32 `[length]`."""
+    seen = attended(layers).astype(jnp.float32)
+    return seen / jnp.maximum(jnp.sum(seen), 1)
 
 
 def diagnostics(row: jax.Array, query: int | jax.Array) -> dict[str, jax.Array]:

@@ -1,0 +1,422 @@
+"""Methods on attention, against float64 formulae on maps that are all written out."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import xviz_jax as xv
+from tests.contract.quick import quick_compilation as quick_compilation
+
+WIDTH, CLASSES = 8, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A transformer; `scan` runs its layers in a loop, `pad` masks its last tokens."""
+
+    depth: int = 2
+    heads: int = 4
+    groups: int = 4
+    length: int = 7
+    causal: bool = False
+    scan: bool = False
+    pad: int = 0
+    post: bool = False
+
+    def weights(self):
+        draw = lambda seed, *shape: (
+            np.random.default_rng(seed).normal(size=(self.depth, *shape))
+            / shape[0] ** 0.5
+        )
+        keys = WIDTH * self.groups // self.heads
+        return {
+            "query": draw(1, WIDTH, WIDTH),
+            "key": draw(2, WIDTH, keys),
+            "value": draw(3, WIDTH, keys),
+            "out": draw(4, WIDTH, WIDTH),
+            "head": draw(5, WIDTH, CLASSES)[0],
+        }
+
+    def input(self, pad=None):
+        x = np.random.default_rng(6).normal(size=(self.length, WIDTH))
+        return np.concatenate([x, np.ones((pad or self.pad, WIDTH))])
+
+    def allowed(self, length):
+        seen = np.ones((length, length), bool)
+        if self.causal:
+            seen = np.tril(seen)
+        return seen & (np.arange(length) < self.length)
+
+    def block(self, x, weights, added=0.0, mark=lambda kind, x: x):
+        """Also the map; `added` moves it."""
+        length = len(x)
+        split = lambda name, heads: (x @ weights[name]).reshape(length, heads, -1)
+        repeat = self.heads // self.groups
+        key, value = (
+            jnp.repeat(split(name, self.groups), repeat, axis=1)
+            for name in ("key", "value")
+        )
+        scores = jnp.einsum("qhd,khd->hqk", split("query", self.heads), key)
+        scores = jnp.where(self.allowed(length), scores / 1.5, -jnp.inf)
+        maps = jax.nn.softmax(scores)
+        mixed = jnp.einsum("hqk,khd->qhd", maps + added, value).reshape(length, -1)
+        x = x + mixed @ weights["out"]
+        if self.post:
+            x = x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True))
+        return jnp.tanh(x) + 0.1 * x, maps
+
+    def __call__(self, x):
+        weights = jax.tree.map(jnp.float32, self.weights())
+        head = weights.pop("head")
+        if self.scan:
+            x, _ = jax.lax.scan(lambda x, w: (self.block(x, w)[0], None), x, weights)
+        else:
+            for layer in range(self.depth):
+                x, _ = self.block(x, jax.tree.map(lambda w, n=layer: w[n], weights))
+        return x[0 if not self.causal else -1] @ head
+
+    def truth(self, target, pad=None):
+        """Maps, their gradients, streams and their gradients, in float64."""
+        with jax.enable_x64(True):
+            weights, x = jax.tree.map(jnp.asarray, (self.weights(), self.input(pad)))
+            head = weights.pop("head")
+            length = len(x)
+            shape = (self.depth, self.heads, length, length)
+
+            def run(added, moved):
+                h, maps, streams = x, [], []
+                for layer in range(self.depth):
+                    h = h + moved[layer]
+                    streams.append(h)
+                    own = jax.tree.map(lambda w, n=layer: w[n], weights)
+                    h, seen = self.block(h, own, added[layer])
+                    maps.append(seen)
+                logits = h[0 if not self.causal else -1] @ head
+                return logits[target], (jnp.stack(maps), jnp.stack(streams))
+
+            zeros = jnp.zeros(shape), jnp.zeros((self.depth, length, WIDTH))
+            slopes, found = jax.grad(run, argnums=(0, 1), has_aux=True)(*zeros)
+            maps, streams = map(np.asarray, found)
+            return maps, np.asarray(slopes[0]), streams, np.asarray(slopes[1])
+
+    @property
+    def query(self):
+        return -1 if self.causal else 0
+
+
+NETWORKS = {
+    "one layer": Network(depth=1),
+    "two layers": Network(),
+    "grouped, scanned": Network(depth=3, groups=2, length=9, scan=True),
+    "causal, four layers": Network(depth=4, groups=1, length=5, causal=True),
+    "padded": Network(pad=3, scan=True),
+    "normalised after": Network(depth=3, post=True),
+}
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def rollout(matrices, query, residual):
+    product = np.eye(matrices.shape[-1])
+    for matrix in matrices:
+        step = residual * np.eye(len(matrix)) + (1 - residual) * matrix
+        total = step.sum(axis=-1, keepdims=True)
+        product = step / np.where(total == 0, 1, total) @ product
+    return product[query]
+
+
+def cam(network, layer, maps, slopes):
+    row, slope = maps[layer][:, network.query], slopes[layer][:, network.query]
+    seen = slope[:, : network.length]
+    return relu((row * seen.mean(axis=1, keepdims=True)).mean(axis=0))
+
+
+def column_mean(network, matrices):
+    return matrices[:, : network.length].sum(axis=1) / network.length
+
+
+# Of each method: how it is called, and its formula.
+METHODS = {
+    "raw_attention": (
+        lambda m, n: xv.raw_attention(m, query=n.query),
+        lambda n, maps, *_: maps[-1].mean(axis=0)[n.query],
+    ),
+    "raw_attention-layer": (
+        lambda m, n: xv.raw_attention(m, query=n.query, layer=0, heads="max"),
+        lambda n, maps, *_: maps[0].max(axis=0)[n.query],
+    ),
+    "raw_attention-head": (
+        lambda m, n: xv.raw_attention(m, query=n.query, head=-2),
+        lambda n, maps, *_: maps[-1][-2, n.query],
+    ),
+    "gradient_rollout": (
+        lambda m, n: xv.gradient_rollout(m, query=n.query, residual=0.01),
+        lambda n, maps, slopes, *_: rollout(
+            relu((maps * slopes).mean(axis=1)), n.query, 0.01
+        ),
+    ),
+    "attention_grad_cam": (
+        lambda m, n: xv.attention_grad_cam(m, query=n.query),
+        lambda n, maps, slopes, *_: cam(n, -1, maps, slopes),
+    ),
+    "attention_grad_cam-layer": (
+        lambda m, n: xv.attention_grad_cam(m, query=n.query, layer=0),
+        lambda n, maps, slopes, *_: cam(n, 0, maps, slopes),
+    ),
+    "grad_sam": (
+        lambda m, n: xv.grad_sam(m),
+        lambda n, maps, slopes, *_: column_mean(
+            n, relu(maps * slopes).mean(axis=1)
+        ).mean(axis=0),
+    ),
+    "attcat": (
+        lambda m, n: xv.attcat(m),
+        lambda n, maps, _, streams, moves: (
+            column_mean(n, maps.mean(axis=1)) * (streams * moves).sum(axis=-1)
+        ).sum(axis=0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_formulae(method, name):
+    network, (make, formula) = NETWORKS[name], METHODS[method]
+    x = jnp.float32(network.input())
+    found = jax.jit(partial(make(network, network), target=1))(x)
+    expected = formula(network, *network.truth(1))
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(found.scores, expected, atol=2e-5 * scale, rtol=2e-5)
+    np.testing.assert_allclose(found.output, network(x)[1], rtol=1e-5)
+    assert not np.asarray(found.scores)[network.length :].any()
+
+
+def fused(maps, heads: str | np.ndarray = "mean", discard=0.0):
+    if isinstance(heads, str):
+        maps = getattr(maps, heads)(axis=1)
+    else:
+        maps = np.einsum("lhqk,h->lqk", maps, heads)
+    lowest = int(discard * maps[0].size)
+    cuts = np.sort(maps.reshape(len(maps), -1), axis=-1)[:, lowest]
+    return np.where(maps < cuts[:, None, None], 0, maps)
+
+
+def added(matrices):
+    product = np.eye(matrices.shape[-1])
+    for matrix in matrices:
+        product = (np.eye(len(matrix)) + matrix) @ product
+    return product
+
+
+WEIGHTS = np.array([0.1, 0.4, 0.0, 0.3])
+ROLLOUTS = {
+    "weighted": ({"heads": WEIGHTS}, lambda m: rollout(fused(m, WEIGHTS), ..., 0.5)),
+    "chefer2021": ({"convention": "chefer2021"}, lambda m: added(fused(m))),
+    "vit_explain": (
+        {"convention": "vit_explain"},
+        lambda m: rollout(fused(m, discard=0.9), ..., 0.5),
+    ),
+    "discard, max, no residual": (
+        {"discard_ratio": 0.3, "heads": "max", "residual": 0.0},
+        lambda m: rollout(fused(m, "max", 0.3), ..., 0.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("small", [0, 8 * 2**20])
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("option", ROLLOUTS)
+def test_rollouts_by_convention(option, name, small, monkeypatch):
+    """All rows at once, and the explained one alone."""
+    monkeypatch.setattr(xv.attention.layers, "_SMALL_MAP", small)
+    network, (options, formula) = NETWORKS[name], ROLLOUTS[option]
+    x = jnp.float32(network.input())
+    expected = formula(network.truth(0)[0])
+    every = jax.jit(xv.attention_rollout(network, query=None, **options))(x)
+    one = jax.jit(xv.attention_rollout(network, query=network.query, **options))(x)
+    np.testing.assert_allclose(every.scores, expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        one.scores, expected[network.query], rtol=1e-4, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        every.diagnostics["self_share"], np.diag(expected), rtol=1e-4, atol=1e-6
+    )
+    if network.causal:
+        assert not np.triu(every.scores, 1).any()
+
+
+def test_self_is_excluded():
+    network = NETWORKS["two layers"]
+    x = jnp.float32(network.input())
+    for query in (0, None):
+        plain = xv.attention_rollout(network, query=query)(x)
+        other = xv.attention_rollout(network, query=query, exclude_self=True)(x)
+        both = np.atleast_2d(plain.scores), np.atleast_2d(other.scores)
+        for a, b in zip(*both, strict=True):
+            own = int(np.argmin(b))
+            assert b[own] == 0
+            np.testing.assert_allclose(
+                np.delete(b, own), np.delete(a, own) / (1 - a[own]), rtol=1e-5
+            )
+        np.testing.assert_array_equal(
+            plain.diagnostics["self_share"], other.diagnostics["self_share"]
+        )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_padding_changes_nothing(method):
+    make, _ = METHODS[method]
+    network = NETWORKS["padded"]
+    explain = make(network, network)
+    few, many = (explain(jnp.float32(network.input(pad)), target=1) for pad in (1, 6))
+    length = network.length
+    np.testing.assert_allclose(
+        few.scores[:length], many.scores[:length], rtol=2e-5, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tiles_are_the_map(method, monkeypatch):
+    """Long maps are made again from queries and keys, and never read whole."""
+    make, formula = METHODS[method]
+    network = NETWORKS["two layers"]
+    monkeypatch.setattr(xv.attention.layers, "_SMALL_MAP", 0)
+    found = make(network, network)(jnp.float32(network.input()), target=2)
+    expected = formula(network, *network.truth(2))
+    np.testing.assert_allclose(found.scores, expected, rtol=1e-4, atol=1e-6)
+
+
+def statistics(network, maps, pad):
+    """Of the formulae, in float64; the last `pad` positions do not count."""
+    length = maps.shape[-1]
+    maps = maps[:, :, : length - pad]
+    places = np.arange(length)
+    far = np.abs(places[: maps.shape[2], None] - places)
+    logs = np.log(np.where(maps > 0, maps, 1))
+    strongest = maps.argmax(axis=-1)
+    same = [
+        [strongest[:, a] == strongest[:, b] for b in range(network.heads) if b != a]
+        for a in range(network.heads)
+    ]
+    return {
+        "entropy": -(maps * logs).sum(axis=-1).mean(axis=-1),
+        "distance": (maps * far).sum(axis=-1).mean(axis=-1),
+        "self_share": np.diagonal(maps, axis1=2, axis2=3).mean(axis=-1),
+        "first_share": maps[..., 0].mean(axis=-1),
+        "pad_leak": maps[..., length - pad :].sum(axis=-1).mean(axis=-1),
+        "head_agreement": np.mean(same, axis=(0, 1, 3)),
+        "top_keys": np.argsort(-maps, axis=-1)[..., :2],
+        "top_weights": -np.sort(-maps, axis=-1)[..., :2],
+    }
+
+
+@pytest.mark.parametrize("small", [0, 8 * 2**20])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_statistics(name, small, monkeypatch):
+    """The last two positions are said to be padding; the model does not know."""
+    monkeypatch.setattr(xv.attention.layers, "_SMALL_MAP", small)
+    network = NETWORKS[name]
+    pad = 0 if network.pad else 2
+    says = lambda x: jnp.arange(len(x)) >= len(x) - pad
+    explain = xv.attention_statistics(network, pad=says if pad else None, top_k=2)
+    found = jax.jit(explain)(jnp.float32(network.input()))
+    maps = network.truth(0)[0]
+    received = maps[:, :, : network.length - pad].mean(axis=(0, 1, 2))
+    np.testing.assert_allclose(found.scores, received, rtol=2e-5, atol=1e-7)
+    expected = statistics(network, maps[:, :, : network.length], pad)
+    for each, wanted in expected.items():
+        got = found.diagnostics[each]
+        if each.startswith("top"):
+            got, wanted = (
+                got[:, :, : wanted.shape[2]],
+                np.where(
+                    expected["top_weights"] > 0, wanted, -1 if each == "top_keys" else 0
+                ),
+            )
+        np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=1e-6, err_msg=each)
+
+
+def test_statistics_refuse():
+    network = Network()
+    x = jnp.float32(network.input())
+    with pytest.raises(ValueError, match="from 0 to 7 keys, got 8"):
+        xv.attention_statistics(network, top_k=8)(x)
+    with pytest.raises(ValueError, match=r"gives bool\[7\], got float32\[7, 8\]"):
+        xv.attention_statistics(network, pad=lambda x: x)(x)
+
+
+class TestByHand:
+    """Two positions, one head, uniform attention, values 1 and -3, mean output."""
+
+    def one_layer(self, x):
+        value = jnp.array([[1.0], [-3.0]])
+        return (x + jax.nn.softmax((0.0 * x) @ x.T) @ value)[0]
+
+    def of(self, method, **options):
+        return method(self.one_layer, **options)(jnp.ones((2, 1)), target=0).scores
+
+    def test_raw_attention(self):
+        assert self.of(xv.raw_attention).tolist() == [0.5, 0.5]
+
+    def test_grad_sam(self):
+        """Of the first row [1, -3] counts 1 * 1/2, of the second nothing: mean 1/4."""
+        np.testing.assert_allclose(self.of(xv.grad_sam), [0.25, 0.0], atol=1e-6)
+
+    def test_attention_grad_cam(self):
+        """The head's mean gradient is -1, and speaks against the class."""
+        assert not self.of(xv.attention_grad_cam).any()
+
+    def test_attcat(self):
+        """The gradient at the stream is [1, 0], and each is attended by 1/2."""
+        np.testing.assert_allclose(self.of(xv.attcat), [0.5, 0.0], atol=1e-6)
+
+    def test_gradient_rollout(self):
+        """Positive parts [1/2, 0], and the identity: [1.5, 0] over its sum."""
+        found = self.of(xv.gradient_rollout)
+        np.testing.assert_allclose(found, [1.0, 0.0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (partial(xv.raw_attention, layer=2), "`layer` is from -2 to 1 for 2 layers"),
+        (partial(xv.raw_attention, head=4), "`head` is from -4 to 3"),
+        (partial(xv.raw_attention, query=7), "`query` is a position from -7 to 6"),
+        (partial(xv.attention_grad_cam, layer=-3), "got -3"),
+        (partial(xv.grad_sam, start_layer=2), "`start_layer` is from 0 to 1"),
+    ],
+)
+def test_wrong_calls(make, said):
+    network = NETWORKS["two layers"]
+    with pytest.raises(ValueError, match=said):
+        make(network)(jnp.float32(network.input()))
+
+
+def test_wrong_options():
+    x = jnp.float32(Network().input())
+    with pytest.raises(ValueError, match="has 3 weights for layers of \\[4\\] heads"):
+        xv.attention_rollout(Network(), heads=jnp.ones(3))(x)
+    with pytest.raises(ValueError, match="one weight for each"):
+        xv.attention_rollout(Network(), heads=jnp.ones((4, 1)))
+    with pytest.raises(ValueError, match="less than 1, got 1"):
+        xv.attention_rollout(Network(), discard_ratio=1)
+    with pytest.raises(ValueError, match="got 'half'"):
+        xv.attention_rollout(Network(), residual="half")  # pyright: ignore
+    with pytest.raises(ValueError, match="got 'captum'"):
+        xv.attention_rollout(Network(), convention="captum")  # pyright: ignore
+    with pytest.raises(ValueError, match="from 0 to 1, got 2"):
+        xv.gradient_rollout(Network(), residual=2)
+    with pytest.raises(ValueError, match="got 'median'"):
+        xv.raw_attention(Network(), heads="median")  # pyright: ignore
+
+
+def test_attcat_needs_a_stream():
+    model = lambda x: (jax.nn.softmax(x @ x.T) @ x)[0]
+    with pytest.raises(ValueError, match="no residual stream"):
+        xv.attcat(model)(jnp.ones((3, 2)))

@@ -1,0 +1,74 @@
+"""Attention Grad-CAM (Chefer, Gur and Wolf, 2021, arXiv 2012.09838, section 4)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from xviz_jax import attribution
+from xviz_jax.attention import layers, rows
+from xviz_jax.attribution import Attribution, Target
+
+
+def attention_grad_cam(
+    model: Callable, *, query: int | jax.Array = 0, layer: int = -1
+) -> Callable[..., Attribution]:
+    """One layer's attention, its heads weighed by their gradients as in Grad-CAM.
+
+    Heads are to attention what channels are to a convolution: each counts by its
+    gradient, averaged over the keys that the explained position sees, and what speaks
+    against the class is set to zero. Knows of one layer only. Never negative.
+    Conserves nothing. Costs one forward and one backward pass and one row of the
+    map. Computes in float32.
+
+    Args:
+      model: Maps one example to logits; any JAX function, with its attention found
+        by tracing. Self-attention over one sequence.
+      query: The position the class is read from: 0 for a class token, -1 for the
+        last token of a decoder. May be traced.
+      layer: Which layer, in the order they run; -1 is the last.
+
+    Returns:
+      `explain(*args, target=None, key=None) -> Attribution`, with one score for
+      each position. No diagnostics.
+
+    Raises:
+      ValueError: If the model has no self-attention over one sequence, or attention
+        that is not understood, or an option does not fit.
+
+    Source: Grad-CAM, equations 1 and 2 of arXiv 1610.02391, with the row of each head
+    as a feature map.
+    """
+
+    def explain(*args: Any, target: Target = None, key: Any = None) -> Attribution:
+        del key
+
+        def scalar(logits: jax.Array) -> jax.Array:
+            return attribution.explained(attribution.hold(target, logits), logits)
+
+        logits, found = layers.capture(model, args, scalar)
+        one = layers.pick(found, layer)
+        seen = layers.attended([one]).astype(jnp.float32)
+        start = rows.one_hot(query, one.site.shape[-1])
+        weights = _mean_gradients(one.values, start, seen / jnp.sum(seen))
+        fusion = rows.Fusion("weighted", head_weights=weights / len(weights))
+        row = rows.propagate([one], query, fusion, residual=0.0)
+        return Attribution(scores=jax.nn.relu(row), output=scalar(logits))
+
+    return explain
+
+
+def _mean_gradients(
+    values: dict[str, jax.Array], query: jax.Array, keys: jax.Array
+) -> jax.Array:
+    """The gradient at a row of each head's map, averaged over keys, `[heads]`."""
+    if "probabilities_cotangent" in values:
+        gradient = values["probabilities_cotangent"][0]
+        return jnp.einsum("hqk,q,k->h", gradient, query, keys, precision="highest")
+    cotangent = jnp.einsum(
+        "qhd,q->hd", values["output_cotangent"][0], query, precision="highest"
+    )
+    value = jnp.einsum("khd,k->hd", values["value"][0].astype(jnp.float32), keys)
+    value = jnp.repeat(value, len(cotangent) // len(value), axis=0)
+    return jnp.sum(cotangent * value, axis=-1)

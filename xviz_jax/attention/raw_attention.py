@@ -1,0 +1,80 @@
+"""Raw attention (Bahdanau et al., 2014, arXiv 1409.0473), of one layer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from xviz_jax import attribution
+from xviz_jax.attention import layers, rows
+from xviz_jax.attention.attention_rollout import Heads, check_heads
+from xviz_jax.attribution import Attribution, Target
+
+
+def raw_attention(
+    model: Callable,
+    *,
+    query: int | jax.Array = 0,
+    layer: int = -1,
+    head: int | None = None,
+    heads: Heads = "mean",
+) -> Callable[..., Attribution]:
+    """Where one layer's attention looks from one position.
+
+    The simplest picture, and the baseline that others should beat: it knows of one
+    layer only, and of neither values nor the residual connection. Class-blind.
+    Never negative; sums to one, but for fusions by `max` and `min`. Costs one forward
+    pass and one row of the map. Computes in float32.
+
+    Args:
+      model: Maps one example to logits; any JAX function, with its attention found
+        by tracing. One sequence, one example.
+      query: The position that looks: 0 for a class token, -1 for the last token of a
+        decoder. May be traced.
+      layer: Which layer, in the order they run; -1 is the last.
+      head: Which head; None for all of them.
+      heads: How they are then fused: `mean`, `max` or `min`.
+
+    Returns:
+      `explain(*args, target=None, key=None) -> Attribution`, with one score for
+      each position, and these diagnostics:
+
+      - `mass`: sum of the scores;
+      - `self_share`: the score of the explained position itself.
+
+    Raises:
+      ValueError: If the model has no self-attention over one sequence, or attention
+        that is not understood, or an option does not fit.
+
+    >>> model = lambda x: (jax.nn.softmax(x @ x.T) @ x)[0]
+    >>> raw_attention(model)(jnp.zeros((4, 2))).scores.tolist()
+    [0.25, 0.25, 0.25, 0.25]
+    """
+    check_heads(heads)
+
+    def explain(*args: Any, target: Target = None, key: Any = None) -> Attribution:
+        del key
+        logits, found = layers.capture(model, args)
+        one = layers.pick(found, layer)
+        row = rows.propagate([one], query, _fusion(one, head, heads), residual=0.0)
+        return Attribution(
+            scores=row,
+            output=attribution.explained(attribution.hold(target, logits), logits),
+            diagnostics=rows.diagnostics(row, query),
+        )
+
+    return explain
+
+
+def _fusion(layer: layers.Layer, head: int | None, heads: Heads) -> rows.Fusion:
+    if head is None:
+        return rows.Fusion(heads)
+    count = layer.site.shape[-3]
+    if not -count <= head < count:
+        raise ValueError(
+            f"`head` is from {-count} to {count - 1} in a layer of {count} heads, "
+            f"got {head}"
+        )
+    chosen = jax.nn.one_hot(head % count, count, dtype=jnp.float32)
+    return rows.Fusion("weighted", head_weights=chosen)
