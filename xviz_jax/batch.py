@@ -3,13 +3,14 @@
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
 from xviz_jax.attribution import Attribution
 
@@ -94,36 +95,100 @@ def run(
     Raises:
       ValueError: If there are no inputs, or their numbers differ.
     """
-    rows = {len(leaf) for leaf in jax.tree.leaves(inputs)}
-    if len(rows) != 1 or 0 in rows:
-        raise ValueError(f"inputs need one and the same number of rows, got {rows}")
+    total = _count(inputs)
     if microbatch < 1 or in_flight < 1:
         raise ValueError(
             f"`microbatch` and `in_flight` are positive, got {microbatch}, {in_flight}"
         )
-    total = rows.pop()
-    batches = -(-total // microbatch)
-    devices = jax.local_devices()[:batches]
-
-    def prepare(device: Any) -> _Steps | _Whole:
-        if isinstance(explain, Stepwise):
-            return _Steps(explain, shared, first, device)
-        return _Whole(explain, shared, first, device)
-
+    devices = jax.local_devices()[: -(-total // microbatch)]
     begin = time.perf_counter()
-    first = _rows(inputs, 0, microbatch, total)
-    programs = [prepare(device) for device in devices]
+    program = Program(
+        explain, inputs, shared=shared, microbatch=microbatch, devices=devices
+    )
     compiled = time.perf_counter()
-
-    results = _Results(total, progress)
-    queue = _Queue(inputs, microbatch, total)
-    # No more of them than there is work; a device's second one after each first.
-    workers = (programs * in_flight)[: min(batches, in_flight * len(devices))]
-    with ThreadPoolExecutor(len(workers)) as pool:
-        list(pool.map(lambda program: program.work(queue, results), workers))
-    assert results.attribution is not None
+    attribution = program(inputs, in_flight=in_flight, progress=progress)
     done = time.perf_counter()
-    return Run(results.attribution, compiled - begin, done - compiled)
+    return Run(attribution, compiled - begin, done - compiled)
+
+
+class Program:
+    """An explainer, compiled for inputs of one shape; explains any number of them.
+
+    What `run` makes and calls once, for whoever has inputs again and again. A row
+    depends on its own input only, not on which device explains it.
+    """
+
+    def __init__(
+        self,
+        explain: Callable[..., Any],
+        inputs: Any,
+        *,
+        shared: tuple[Any, ...] = (),
+        microbatch: int = 8,
+        devices: Sequence[Any] | None = None,
+    ):
+        """Compiles, once for each device.
+
+        Args:
+          explain: What a method returns, or any function of one example.
+          inputs: Whose rows are shaped like all that will be explained.
+          shared: Arguments before the example, the same for all.
+          microbatch: Examples computed at once.
+          devices: Devices, by default all local ones; or one sharding over a mesh,
+            on which `shared` lies already.
+        """
+        self.microbatch = microbatch
+        first = _rows(inputs, 0, microbatch, _count(inputs))
+        kind = _Steps if isinstance(explain, Stepwise) else _Whole
+        self._lanes = [
+            kind(explain, shared, first, device)
+            for device in devices or jax.local_devices()
+        ]
+
+    @property
+    def bytes(self) -> int:
+        """Memory that one microbatch takes on a device beyond its arguments."""
+        return max(lane.bytes for lane in self._lanes)
+
+    def __call__(
+        self,
+        inputs: Any,
+        *,
+        in_flight: int = 2,
+        progress: Callable[[int], Any] | None = None,
+    ) -> Any:
+        """One row for each input, as numpy arrays.
+
+        Args:
+          inputs: Arrays, or a pytree of them, with one row for each example.
+          in_flight: Microbatches under way at a time on each device.
+          progress: Called with the number of examples that were just done. What it
+            raises ends the call, once the microbatches under way are done.
+        """
+        total = _count(inputs)
+        batches = -(-total // self.microbatch)
+        results = _Results(total, progress)
+        queue = _Queue(inputs, self.microbatch, total)
+        # No more of them than there is work; a device's second one after each first.
+        lanes = (self._lanes * in_flight)[:batches]
+        with ThreadPoolExecutor(len(lanes)) as pool:
+            list(pool.map(lambda lane: _work(lane, queue, results), lanes))
+        return results.attribution
+
+
+def _work(lane: "_Whole | _Steps", queue: "_Queue", results: "_Results") -> None:
+    try:
+        lane.work(queue, results)
+    except BaseException:
+        queue.close()
+        raise
+
+
+def _count(inputs: Any) -> int:
+    rows = {len(leaf) for leaf in jax.tree.leaves(inputs)}
+    if len(rows) != 1 or 0 in rows:
+        raise ValueError(f"inputs need one and the same number of rows, got {rows}")
+    return rows.pop()
 
 
 class _Queue:
@@ -144,6 +209,11 @@ class _Queue:
         with self._lock:
             return next(self._batches, None)
 
+    def close(self) -> None:
+        """Nobody gets another one."""
+        with self._lock:
+            self._batches = iter(())
+
 
 class _Results:
     """Rows of finished inputs, in the inputs' order."""
@@ -153,7 +223,7 @@ class _Results:
         self._total, self._progress = total, progress
         self.attribution: Any = None
 
-    def put(self, found: Attribution, rows: np.ndarray, numbers: np.ndarray) -> None:
+    def put(self, found: Any, rows: np.ndarray, numbers: np.ndarray) -> None:
         """Keeps some rows of a microbatch under their inputs' numbers."""
         if not len(rows):
             return
@@ -176,13 +246,14 @@ class _Whole:
     """Explains a microbatch in one call."""
 
     def __init__(self, explain: Callable, shared: Any, first: Any, device: Any):
-        self._device, self._shared = device, jax.device_put(shared, device)
+        self._device, self._shared = device, _placed(shared, device)
 
-        def batched(shared: Any, rows: Any) -> Attribution:
+        def batched(shared: Any, rows: Any) -> Any:
             return jax.vmap(lambda row: explain(*shared, row))(rows)
 
         first = jax.device_put(first, device)
-        self._program = jax.jit(batched).lower(self._shared, first).compile()
+        self._program = _jit(batched, device).lower(self._shared, first).compile()
+        self.bytes = _memory(self._program)
 
     def work(self, queue: _Queue, results: _Results) -> None:
         while (batch := queue.take()) is not None:
@@ -198,7 +269,7 @@ class _Steps:
     """
 
     def __init__(self, explain: Stepwise, shared: Any, first: Any, device: Any):
-        self._device, self._shared = device, jax.device_put(shared, device)
+        self._device, self._shared = device, _placed(shared, device)
         self._size = len(jax.tree.leaves(first)[0])
 
         def start(shared: Any, rows: Any) -> Any:
@@ -241,14 +312,19 @@ class _Steps:
         take = jax.device_put(np.zeros(self._size, np.int32), device)
         first = jax.device_put(first, device)
         lanes = jax.eval_shape(start, self._shared, first)
-        placed = jax.sharding.SingleDeviceSharding(device)
+        placed = device
+        if not isinstance(device, Sharding):
+            placed = jax.sharding.SingleDeviceSharding(device)
         lanes = jax.tree.map(
             lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed), lanes
         )
-        compile_of = lambda function, *args: jax.jit(function).lower(*args).compile()
+        compile_of = lambda function, *args: (
+            _jit(function, device).lower(*args).compile()
+        )
         self._start = compile_of(start, self._shared, first)
         self._refill = compile_of(refill, lanes, lanes, take)
         self._advance = compile_of(advance, self._shared, lanes, flags, number)
+        self.bytes = _memory(self._advance)
 
     def work(self, queue: _Queue, results: _Results) -> None:
         lanes = pool = None
@@ -286,6 +362,24 @@ class _Steps:
 
     def _put(self, value: Any) -> Any:
         return jax.device_put(value, self._device)
+
+
+def _placed(shared: Any, device: Any) -> Any:
+    """What all inputs share, on the device; on a mesh it lies already."""
+    return shared if isinstance(device, Sharding) else jax.device_put(shared, device)
+
+
+def _jit(function: Callable, device: Any) -> Any:
+    out = device if isinstance(device, Sharding) else None
+    return jax.jit(function, out_shardings=out)
+
+
+def _memory(program: Any) -> int:
+    """What a program takes for intermediate values and results, where it is known."""
+    found = program.memory_analysis()
+    if found is None:
+        return 0
+    return int(found.temp_size_in_bytes + found.output_size_in_bytes)
 
 
 def _rows(inputs: Any, begin: int, count: int, total: int) -> Any:
