@@ -20,9 +20,20 @@ FLOORS = {
     "models": set(),
     "plotting": {"attribution"},
     "demo": {"attention", "attribution", "batch", "gradients", "models", "plotting"},
+    "methods": set(),
     "doctor": {"attention", "models", "tracing"},
-    "explain": {"attribution", "doctor", "models", "plotting"},
-    "cli": {"demo", "doctor", "explain", "_version"},
+    "explain": {"attribution", "doctor", "methods", "models", "plotting"},
+    "audit": {
+        "_version",
+        "attribution",
+        "baselines",
+        "batch",
+        "doctor",
+        "methods",
+        "models",
+        "tracing",
+    },
+    "cli": {"audit", "demo", "doctor", "explain", "_version"},
 }
 
 

@@ -102,13 +102,27 @@ def run(
         )
     devices = jax.local_devices()[: -(-total // microbatch)]
     begin = time.perf_counter()
-    program = Program(
-        explain, inputs, shared=shared, microbatch=microbatch, devices=devices
-    )
+    placed = Placed(shared, devices)
+    program = Program(explain, inputs, shared=placed, microbatch=microbatch)
     compiled = time.perf_counter()
     attribution = program(inputs, in_flight=in_flight, progress=progress)
     done = time.perf_counter()
     return Run(attribution, compiled - begin, done - compiled)
+
+
+class Placed:
+    """Arguments that all examples share, once on every device."""
+
+    def __init__(self, shared: tuple[Any, ...], devices: Sequence[Any]):
+        """Copies them.
+
+        Args:
+          shared: The arguments: the parameters of a model, say.
+          devices: Devices; or one sharding over a mesh, which what is on a mesh
+            already fits, for rows that lie whole on each of its devices.
+        """
+        self.devices = list(devices)
+        self.copies = [_placed(shared, device) for device in devices]
 
 
 class Program:
@@ -123,26 +137,23 @@ class Program:
         explain: Callable[..., Any],
         inputs: Any,
         *,
-        shared: tuple[Any, ...] = (),
+        shared: "Placed",
         microbatch: int = 8,
-        devices: Sequence[Any] | None = None,
     ):
         """Compiles, once for each device.
 
         Args:
           explain: What a method returns, or any function of one example.
           inputs: Whose rows are shaped like all that will be explained.
-          shared: Arguments before the example, the same for all.
+          shared: Arguments before the example, the same for all, on every device.
           microbatch: Examples computed at once.
-          devices: Devices, by default all local ones; or one sharding over a mesh,
-            on which `shared` lies already.
         """
         self.microbatch = microbatch
         first = _rows(inputs, 0, microbatch, _count(inputs))
         kind = _Steps if isinstance(explain, Stepwise) else _Whole
         self._lanes = [
-            kind(explain, shared, first, device)
-            for device in devices or jax.local_devices()
+            kind(explain, each, first, device)
+            for device, each in zip(shared.devices, shared.copies, strict=True)
         ]
 
     @property
@@ -155,6 +166,7 @@ class Program:
         inputs: Any,
         *,
         in_flight: int = 2,
+        device: int | None = None,
         progress: Callable[[int], Any] | None = None,
     ) -> Any:
         """One row for each input, as numpy arrays.
@@ -162,6 +174,7 @@ class Program:
         Args:
           inputs: Arrays, or a pytree of them, with one row for each example.
           in_flight: Microbatches under way at a time on each device.
+          device: The number of the only device to use; by default all are.
           progress: Called with the number of examples that were just done. What it
             raises ends the call, once the microbatches under way are done.
         """
@@ -170,7 +183,8 @@ class Program:
         results = _Results(total, progress)
         queue = _Queue(inputs, self.microbatch, total)
         # No more of them than there is work; a device's second one after each first.
-        lanes = (self._lanes * in_flight)[:batches]
+        devices = self._lanes if device is None else [self._lanes[device]]
+        lanes = (devices * in_flight)[:batches]
         with ThreadPoolExecutor(len(lanes)) as pool:
             list(pool.map(lambda lane: _work(lane, queue, results), lanes))
         return results.attribution
@@ -246,7 +260,7 @@ class _Whole:
     """Explains a microbatch in one call."""
 
     def __init__(self, explain: Callable, shared: Any, first: Any, device: Any):
-        self._device, self._shared = device, _placed(shared, device)
+        self._device, self._shared = device, shared
 
         def batched(shared: Any, rows: Any) -> Any:
             return jax.vmap(lambda row: explain(*shared, row))(rows)
@@ -269,7 +283,7 @@ class _Steps:
     """
 
     def __init__(self, explain: Stepwise, shared: Any, first: Any, device: Any):
-        self._device, self._shared = device, _placed(shared, device)
+        self._device, self._shared = device, shared
         self._size = len(jax.tree.leaves(first)[0])
 
         def start(shared: Any, rows: Any) -> Any:

@@ -13,7 +13,6 @@ from rich.text import Text
 
 from xviz_jax import tracing
 from xviz_jax.attention import layers
-from xviz_jax.models import embedded
 from xviz_jax.tracing import Site
 
 _INPUT = re.compile(r"(\w+)\[([\d, ]*)\]")
@@ -29,6 +28,9 @@ def find_model(name: str) -> tuple[Callable, tuple[Any, ...]]:
       ValueError: If there is no such function.
     """
     if name == "embedded":
+        # Flax takes longer to import than JAX, and a function needs none of it.
+        from xviz_jax.models import embedded
+
         return embedded.load(), (jax.ShapeDtypeStruct((28, 28), jnp.float32),)
     module, _, attribute = name.partition(":")
     if not attribute:

@@ -10,11 +10,11 @@ from typing import Any, Literal
 import jax
 from rich.console import Console
 
-import xviz_jax as xv
 from xviz_jax.attribution import Attribution
 from xviz_jax.explain import show
 from xviz_jax.explain.subject import Subject, of_checkpoint, of_function
 from xviz_jax.explain.target import choose
+from xviz_jax.methods import methods
 
 _SUFFIXES = (".png", ".pdf", ".svg")
 
@@ -58,18 +58,6 @@ class Request:
     granularity: Literal["token", "word"] = "word"
     seed: int = 0
     out: Path | None = None
-
-
-def methods() -> dict[str, Callable]:
-    """The methods by name: functions whose one positional argument is a model."""
-    found = {}
-    for name in dir(xv):
-        value = getattr(xv, name)
-        if not name.startswith("_") and inspect.isfunction(value):
-            first, *rest = inspect.signature(value).parameters.values()
-            if first.name == "model" and all(p.kind == p.KEYWORD_ONLY for p in rest):
-                found[name] = value
-    return found
 
 
 def run(request: Request, console: Console) -> Attribution:

@@ -1,0 +1,170 @@
+"""A worker in a process of its own, for records that kill or hang the process.
+
+A range that the process does not survive is halved until the record is found, which
+is then set aside. The process is started again each time.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from xviz_jax.audit.job import Job
+from xviz_jax.audit.shard import Result
+from xviz_jax.audit.worker import Worker
+
+# What a child must agree on for the same bits, and for the same cache.
+_CONFIG = (
+    "jax_num_cpu_devices",
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_min_entry_size_bytes",
+    "jax_disable_most_optimizations",
+)
+_POLL = 0.2
+# Records at the beginning of the data that a first look goes round.
+_FARTHEST = 1000
+CRASH, TIMEOUT = "CRASH", "TIMEOUT"
+
+
+class Lost(RuntimeError):
+    """The process ended, or did not answer in time.
+
+    Attributes:
+      reason: `CRASH` or `TIMEOUT`.
+    """
+
+    def __init__(self, reason: str, message: str):
+        """Says which."""
+        super().__init__(message)
+        self.reason = reason
+
+
+class Isolated:
+    """A `Worker` elsewhere: the same answers, and this process survives it."""
+
+    def __init__(self, job: Job, *, check: Callable[[], Any] = lambda: None):
+        """Nothing is started yet.
+
+        Args:
+          job: What the worker is told; it is pickled.
+          check: Called while waiting; what it raises ends the process.
+        """
+        self._job, self._check = job, check
+        self._process: Any = None
+        self._pipe: Any = None
+        self._avoid = 0
+
+    def describe(self, deadline: float | None = None) -> dict[str, Any]:
+        """As the worker's; a first record that ends the process is not looked at."""
+        while True:
+            try:
+                return self.call("describe", deadline=deadline)
+            except Lost:
+                if self._avoid > _FARTHEST:
+                    raise
+                self._avoid = 2 * self._avoid + 1
+
+    def call(self, name: str, *args: Any, deadline: float | None = None) -> Any:
+        """Calls a method of the worker.
+
+        Args:
+          name: Of the method.
+          *args: Its arguments.
+          deadline: Seconds after which the process is ended.
+
+        Raises:
+          Lost: If the process does not answer.
+          Exception: What the method raised.
+        """
+        if self._process is None:
+            self._start()
+        try:
+            self._pipe.send((name, args))
+            waited = 0.0
+            while not self._pipe.poll(_POLL):
+                waited += _POLL
+                self._check()
+                if deadline is not None and waited >= deadline:
+                    raise Lost(TIMEOUT, f"no answer in {deadline:g} s")
+            failed, answer = self._pipe.recv()
+        except (EOFError, OSError, Lost) as error:
+            raise self._lost(error) from error
+        except BaseException:
+            self.close()
+            raise
+        if failed:
+            raise answer
+        return answer
+
+    def compute(self, begin: int, end: int, deadline: float | None = None) -> Result:
+        """Explains a range; records that end the process are set aside."""
+        try:
+            return self.call("compute", begin, end, deadline=deadline)
+        except Lost as lost:
+            if end - begin == 1:
+                return self.call("refuse", begin, lost.reason, str(lost))
+            middle = (begin + end) // 2
+            first = self.compute(begin, middle, deadline)
+            return first.joined(self.compute(middle, end, deadline))
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._pipe.close()
+            self._process = None
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        config = {name: getattr(jax.config, name) for name in _CONFIG}
+        self._process = context.Process(
+            target=_serve, args=(theirs, self._job, config, self._avoid), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+
+    def _lost(self, error: Exception) -> Lost:
+        self._process.join(timeout=_POLL)
+        code = self._process.exitcode
+        self.close()
+        if isinstance(error, Lost):
+            return error
+        return Lost(CRASH, f"the process ended with exit code {code}")
+
+
+def _serve(pipe: Any, job: Job, config: dict[str, Any], avoid: int) -> None:
+    # A signal to the group is the parent's to answer.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name, value in config.items():
+        jax.config.update(name, value)
+    # On a GPU the parent may hold memory too.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    worker = None
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            name, args = pipe.recv()
+            try:
+                worker = Worker(job, avoid=avoid) if worker is None else worker
+                answer = (False, getattr(worker, name)(*args))
+            except Exception as error:
+                answer = (True, _portable(error))
+            pipe.send(answer)
+
+
+def _portable(error: Exception) -> Exception:
+    """An error that another process can read."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

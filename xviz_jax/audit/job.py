@@ -1,0 +1,100 @@
+"""What a worker is told: enough to do any shard, in any process, with the same bits."""
+
+import dataclasses
+import os
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from xviz_jax._version import __version__
+from xviz_jax.audit.model import Model
+from xviz_jax.audit.sources import Buckets
+
+# These say how many devices there are, on which no row depends.
+_COUNTS = "--xla_force_host_platform_device_count"
+# Vector instructions that change how sums are associated.
+_INSTRUCTIONS = ("sse4_2", "avx2", "fma", "avx512f", "amx_tile", "asimd", "sve")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is explained, and how.
+
+    Attributes:
+      model: As `model.find` takes it.
+      data: As `open_source` takes it, or a source.
+      methods: Options of each method, by name.
+      columns: Columns that are the model's arguments, in order.
+      target: None, a class, `label`, or two classes.
+      microbatch: Records computed at once; None chooses by device and memory.
+      shard_size: Records of a shard; None chooses by the size of a row.
+      limit: Only that many records, from the first on.
+      seed: Of random methods.
+      vocabulary: Tokens that a function knows.
+      buckets: Lengths that tokens are padded to.
+      devices: How many local devices are used; None for all.
+      split: Spread a checkpoint's parameters over the devices.
+      duplicates: What to do about ids that occur twice, as for `open_source`.
+    """
+
+    model: str | Callable | Model
+    data: Any
+    methods: Mapping[str, Mapping[str, Any]]
+    columns: tuple[str, ...] | None = None
+    target: int | str | tuple[int, int] | None = None
+    microbatch: int | None = None
+    shard_size: int | None = None
+    limit: int | None = None
+    seed: int = 0
+    vocabulary: int | None = None
+    buckets: Buckets | None = None
+    devices: int | None = None
+    split: bool = False
+    duplicates: str = "refuse"
+
+    def __post_init__(self) -> None:
+        """Refuses numbers that are not positive."""
+        for name in ("microbatch", "shard_size", "limit", "devices", "vocabulary"):
+            value = getattr(self, name)
+            if value is not None and (
+                not isinstance(value, int) or isinstance(value, bool) or value < 1
+            ):
+                raise ValueError(f"`{name}` is a positive integer, got {value!r}")
+
+
+def numerics() -> dict[str, Any]:
+    """What the bits of all rows depend on besides the question: versions and device."""
+    device = jax.local_devices()[0]
+    flags = [
+        flag
+        for flag in os.environ.get("XLA_FLAGS", "").split()
+        if not flag.startswith(_COUNTS)
+    ]
+    found = {
+        "xviz_jax": __version__,
+        "jax": jax.__version__,
+        "jaxlib": jax.lib.__version__,
+        "platform": device.platform,
+        "device": device.device_kind,
+        "xla_flags": " ".join(sorted(flags)),
+        "matmul_precision": str(jax.config.jax_default_matmul_precision),
+        "x64": bool(jax.config.jax_enable_x64),
+    }
+    if device.platform == "cpu":
+        found["instructions"] = _instructions()
+    return found
+
+
+def _instructions() -> str:
+    said = Path("/proc/cpuinfo")
+    known: set[str] = set()
+    if said.exists():
+        for line in said.read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                known = set(line.split())
+                break
+    has = [name for name in _INSTRUCTIONS if name in known]
+    return " ".join([platform.machine(), *has])

@@ -1,0 +1,217 @@
+"""Shards on disk: committed whole, and checked before they are believed."""
+
+import collections
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from xviz_jax.audit import files, rows
+
+SHARDS, QUARANTINE = "shards", "quarantine"
+_ABOUT = b"xviz"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a range of records came to.
+
+    Attributes:
+      explained: A table with one row for each explained record.
+      quarantined: A table of the others.
+    """
+
+    explained: pa.Table
+    quarantined: pa.Table
+
+    def joined(self, other: "Result") -> "Result":
+        """This range and the next one."""
+        return Result(
+            pa.concat_tables([self.explained, other.explained]).combine_chunks(),
+            pa.concat_tables([self.quarantined, other.quarantined]).combine_chunks(),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What shards hold.
+
+    Attributes:
+      explained: Rows.
+      unconverged: Rows among them that did not converge.
+      reasons: Quarantined records, by reason.
+      numerics: Rows by `numerics_id`.
+    """
+
+    explained: int = 0
+    unconverged: int = 0
+    reasons: collections.Counter[str] = dataclasses.field(
+        default_factory=collections.Counter
+    )
+    numerics: collections.Counter[str] = dataclasses.field(
+        default_factory=collections.Counter
+    )
+
+    @property
+    def quarantined(self) -> int:
+        """Records that were not explained."""
+        return self.reasons.total()
+
+    @property
+    def records(self) -> int:
+        """All of them."""
+        return self.explained + self.quarantined
+
+    def __add__(self, other: "Counts") -> "Counts":
+        """Of both together."""
+        return Counts(
+            self.explained + other.explained,
+            self.unconverged + other.unconverged,
+            self.reasons + other.reasons,
+            self.numerics + other.numerics,
+        )
+
+
+def path_of(folder: Path, number: int) -> Path:
+    """Where a shard lies."""
+    return folder / SHARDS / f"{number:08d}.parquet"
+
+
+def quarantine_of(folder: Path, number: int) -> Path:
+    """Where the records of a shard that were not explained lie, if there are any."""
+    return folder / QUARANTINE / f"{number:08d}.parquet"
+
+
+def commit(folder: Path, number: int, run: str, result: Result) -> Counts:
+    """Writes a shard: when its file has its name, the shard is done.
+
+    The quarantined records go first, and the shard's file says what they are.
+
+    Args:
+      folder: The output folder.
+      number: Of the shard.
+      run: The run it belongs to.
+      result: What it holds.
+
+    Raises:
+      OSError: If the disk is full, say; the shard is then not there.
+    """
+    aside = quarantine_of(folder, number)
+    if len(result.quarantined):
+        files.write(aside, lambda file: _write(file, result.quarantined, {}))
+    else:
+        aside.unlink(missing_ok=True)
+    counts = _counts(result)
+    about = {
+        "run": run,
+        "shard": number,
+        "rows": len(result.explained),
+        "checksum": rows.checksum(result.explained),
+        "quarantined": len(result.quarantined),
+        "quarantine_checksum": rows.checksum(result.quarantined),
+        "counts": dataclasses.asdict(counts),
+    }
+    files.write(
+        path_of(folder, number), lambda file: _write(file, result.explained, about)
+    )
+    return counts
+
+
+def _counts(result: Result) -> Counts:
+    tally = lambda table, name: collections.Counter(table.column(name).to_pylist())
+    return Counts(
+        len(result.explained),
+        tally(result.explained, "status")[rows.UNCONVERGED],
+        tally(result.quarantined, "reason"),
+        tally(result.explained, "numerics_id"),
+    )
+
+
+def _write(file: Any, table: pa.Table, about: dict[str, Any]) -> None:
+    if about:
+        said = json.dumps(about, sort_keys=True).encode()
+        table = table.replace_schema_metadata({_ABOUT: said})
+    # Statistics have no checksum, and nothing here would be found by them.
+    pq.write_table(
+        table,
+        file,
+        compression="zstd",
+        compression_level=1,
+        use_dictionary=["status", "numerics_id", "label"],
+        write_page_checksum=True,
+        write_statistics=False,
+        store_schema=False,
+    )
+
+
+class Damaged(ValueError):
+    """A shard's file is not what was written."""
+
+
+def verify(folder: Path, number: int, run: str, expected: int) -> Counts:
+    """Reads a shard and everything its file says of it.
+
+    Args:
+      folder: The output folder.
+      number: Of the shard.
+      run: The run it must belong to.
+      expected: How many records it is of.
+
+    Raises:
+      Damaged: If it is truncated, changed, incomplete or of another run.
+      FileNotFoundError: If there is none.
+    """
+    path = path_of(folder, number)
+    table = _read(path)
+    about = about_of(table.schema)
+    if (about.get("run"), about.get("shard")) != (run, number):
+        raise Damaged(f"{path.name} belongs to another run or shard")
+    counts = about["counts"]
+    counts = Counts(
+        counts["explained"],
+        counts["unconverged"],
+        collections.Counter(counts["reasons"]),
+        collections.Counter(counts["numerics"]),
+    )
+    if len(table) != about["rows"] or len(table) + about["quarantined"] != expected:
+        raise Damaged(f"{path.name} has {len(table)} rows, wanted {about['rows']}")
+    if rows.checksum(table) != about["checksum"]:
+        raise Damaged(f"{path.name} does not have its checksum")
+    aside = quarantine_of(folder, number)
+    if about["quarantined"] == 0:
+        # Left by a writer that died; it says nothing of this shard.
+        aside.unlink(missing_ok=True)
+        return counts
+    try:
+        bad = _read(aside)
+    except FileNotFoundError as error:
+        raise Damaged(f"the quarantined records of {path.name} are gone") from error
+    if rows.checksum(bad) != about["quarantine_checksum"]:
+        raise Damaged(f"the quarantined records of {path.name} were changed")
+    return counts
+
+
+def _read(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(
+            path, page_checksum_verification=True, partitioning=None, memory_map=False
+        )
+    except FileNotFoundError:
+        raise
+    except (OSError, pa.ArrowException) as error:
+        raise Damaged(f"{path.name} cannot be read: {error}") from error
+
+
+def about_of(schema: pa.Schema) -> dict[str, Any]:
+    """What a shard's file says of itself.
+
+    Raises:
+      Damaged: If it says nothing.
+    """
+    try:
+        return json.loads((schema.metadata or {})[_ABOUT])
+    except (KeyError, ValueError) as error:
+        raise Damaged("a file in `shards` was not written by an audit") from error
