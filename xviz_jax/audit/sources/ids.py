@@ -1,0 +1,154 @@
+"""Unique ids: the data's own, or the numbers of the rows.
+
+Ids are compared by 16 bytes of blake2b each, sorted in a temporary file: memory does
+not grow with the records, and two ids are taken for one with probability below 1e-20
+among a billion.
+"""
+
+import dataclasses
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from xviz_jax.audit.sources.record import BadRecord, Reader
+
+_LONGEST = 1024
+_DIGEST = 16
+# Ids that an error names.
+_SHOWN = 3
+
+Duplicates = Literal["refuse", "number", "trust"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ids:
+    """How rows are named.
+
+    Attributes:
+      column: The data's column; None names every row by its number.
+      duplicates: What was done about ids that occur twice.
+      first: Of each repeated id, its hash and its first row.
+      repeated: Rows that were renamed.
+      missing: Rows without an id, named by their number.
+    """
+
+    column: str | None = None
+    duplicates: Duplicates = "refuse"
+    first: Mapping[bytes, int] = dataclasses.field(default_factory=dict)
+    repeated: int = 0
+    missing: int = 0
+
+    def of(self, row: int, raw: Mapping[str, Any]) -> str:
+        """The id of a row.
+
+        Raises:
+          BadRecord: If it is no text and no integer, too long or no UTF-8.
+        """
+        name = own(row, raw, self.column)
+        if self.first and self.first.get(_digest(name), row) != row:
+            return renamed(name, row)
+        return name
+
+    def policy(self) -> list[str | None]:
+        """What the fingerprint holds."""
+        return [self.column, self.duplicates]
+
+
+def own(row: int, raw: Mapping[str, Any], column: str | None) -> str:
+    """The id that the data gives a row, or its number.
+
+    Raises:
+      BadRecord: If it is no text and no integer, too long or no UTF-8.
+    """
+    value = None if column is None else raw.get(column)
+    if isinstance(value, np.ndarray | np.generic) and value.ndim == 0:
+        value = value.item()
+    if value is None or value in ("", b""):
+        return str(row)
+    try:
+        value = value.decode() if isinstance(value, bytes) else value
+        if isinstance(value, str):
+            value.encode()
+    except UnicodeError as error:
+        raise BadRecord("BAD_UTF8", f"id {column!r}: {error}") from None
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise BadRecord(
+            "WRONG_DTYPE",
+            f"id {column!r} is {value!r:.40}, a text or integer is wanted",
+        )
+    if len(str(value)) > _LONGEST:
+        raise BadRecord("TOO_LONG", f"id {column!r} is above {_LONGEST} characters")
+    return str(value)
+
+
+def renamed(name: str, row: int) -> str:
+    """A repeated id with its row."""
+    return f"{name}#{row}"
+
+
+def resolve(reader: Reader, column: str | None, duplicates: Duplicates) -> Ids:
+    """Looks at every id once.
+
+    Raises:
+      ValueError: If ids occur twice and that is refused, or if renaming them would
+        make another duplicate.
+    """
+    if column is None or duplicates == "trust" or not len(reader):
+        return Ids(column, duplicates)
+    with tempfile.TemporaryFile() as file:
+        digests = np.memmap(file, f"S{_DIGEST}", "w+", shape=(len(reader),))
+        missing = 0
+        for row in range(len(reader)):
+            name, blank = _look(reader, row, column)
+            missing += blank
+            digests[row] = _digest(name)
+        digests.sort()
+        twice = set(digests[1:][digests[1:] == digests[:-1]].tolist())
+        if not twice:
+            return Ids(column, duplicates, missing=missing)
+        first, later = _first(reader, column, twice)
+        if duplicates == "refuse":
+            shown = [f"{name!r:.60} (row {row})" for row, name in later[:_SHOWN]]
+            raise ValueError(
+                f"ids of column {column!r} occur twice: {', '.join(shown)}, "
+                f"{len(later)} rows in all; ids are unique, or pass "
+                "`duplicates='number'`"
+            )
+        for row, name in later:
+            place = np.searchsorted(digests, _digest(renamed(name, row)))
+            if place < len(digests) and digests[place] == _digest(renamed(name, row)):
+                raise ValueError(
+                    f"the repeated id {name!r:.60} of row {row} would be named as "
+                    "another record is; pass `id=None` to name records by their row"
+                )
+    return Ids(column, duplicates, first, len(later), missing)
+
+
+def _look(reader: Reader, row: int, column: str) -> tuple[str, bool]:
+    """A row's id, or its number where the id cannot be read; whether it has none."""
+    try:
+        raw = reader.read(row, (column,))
+        return own(row, raw, column), raw.get(column) in (None, "", b"")
+    except BadRecord:
+        return str(row), False
+
+
+def _first(
+    reader: Reader, column: str, twice: set[bytes]
+) -> tuple[dict[bytes, int], list[tuple[int, str]]]:
+    """Of each repeated id its first row, and the rows and ids that repeat it."""
+    first, later = {}, []
+    for row in range(len(reader)):
+        name, _ = _look(reader, row, column)
+        digest = _digest(name)
+        if digest in twice and first.setdefault(digest, row) != row:
+            later.append((row, name))
+    return first, later
+
+
+def _digest(name: str) -> bytes:
+    # numpy drops zero bytes at the end, here as in what it is compared with.
+    return hashlib.blake2b(name.encode(), digest_size=_DIGEST).digest().rstrip(b"\0")
