@@ -18,7 +18,6 @@ FLOORS = {
     "attention": {"attribution", "tracing", "kernels"},
     "batch": {"attribution"},
     "models": set(),
-    "audit": set(),
     "plotting": {"attribution"},
     "demo": {"attention", "attribution", "batch", "gradients", "models", "plotting"},
     "methods": set(),

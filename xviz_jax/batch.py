@@ -150,9 +150,14 @@ class Program:
         """
         self.microbatch = microbatch
         first = _rows(inputs, 0, microbatch, _count(inputs))
-        kind = _Steps if isinstance(explain, Stepwise) else _Whole
+
+        def lane(each: Any, device: Any) -> _Steps | _Whole:
+            if isinstance(explain, Stepwise):
+                return _Steps(explain, each, first, device)
+            return _Whole(explain, each, first, device)
+
         self._lanes = [
-            kind(explain, each, first, device)
+            lane(each, device)
             for device, each in zip(shared.devices, shared.copies, strict=True)
         ]
 

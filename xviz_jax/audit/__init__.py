@@ -5,9 +5,11 @@ from xviz_jax.audit.lock import Busy as Busy
 from xviz_jax.audit.model import Model as Model
 from xviz_jax.audit.progress import Progress as Progress
 from xviz_jax.audit.progress import Summary as Summary
-from xviz_jax.audit.run import Changed as Changed
-from xviz_jax.audit.run import Ray as Ray
+from xviz_jax.audit.ray import Ray as Ray
+from xviz_jax.audit.result import Audit as Audit
+from xviz_jax.audit.result import open as open
 from xviz_jax.audit.run import run as run
+from xviz_jax.audit.runner import Changed as Changed
 from xviz_jax.audit.sources import BadRecord as BadRecord
 from xviz_jax.audit.sources import Buckets as Buckets
 from xviz_jax.audit.sources import Column as Column

@@ -12,22 +12,10 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
-from xviz_jax.audit.job import Job
+from xviz_jax.audit.job import Job, configure, settings
 from xviz_jax.audit.shard import Result
 from xviz_jax.audit.worker import Worker
 
-# What a child must agree on for the same bits, and for the same cache.
-_CONFIG = (
-    "jax_num_cpu_devices",
-    "jax_enable_x64",
-    "jax_default_matmul_precision",
-    "jax_compilation_cache_dir",
-    "jax_persistent_cache_min_compile_time_secs",
-    "jax_persistent_cache_min_entry_size_bytes",
-    "jax_disable_most_optimizations",
-)
 _POLL = 0.2
 # Records at the beginning of the data that a first look goes round.
 _FARTHEST = 1000
@@ -126,9 +114,10 @@ class Isolated:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        config = {name: getattr(jax.config, name) for name in _CONFIG}
         self._process = context.Process(
-            target=_serve, args=(theirs, self._job, config, self._avoid), daemon=True
+            target=_serve,
+            args=(theirs, self._job, settings(), self._avoid),
+            daemon=True,
         )
         self._process.start()
         theirs.close()
@@ -145,8 +134,7 @@ class Isolated:
 def _serve(pipe: Any, job: Job, config: dict[str, Any], avoid: int) -> None:
     # A signal to the group is the parent's to answer.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for name, value in config.items():
-        jax.config.update(name, value)
+    configure(config)
     # On a GPU the parent may hold memory too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     worker = None

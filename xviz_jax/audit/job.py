@@ -1,11 +1,12 @@
 """What a worker is told: enough to do any shard, in any process, with the same bits."""
 
 import dataclasses
+import importlib.metadata
 import os
 import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -53,7 +54,7 @@ class Job:
     buckets: Buckets | None = None
     devices: int | None = None
     split: bool = False
-    duplicates: str = "refuse"
+    duplicates: Literal["refuse", "number", "trust"] = "refuse"
 
     def __post_init__(self) -> None:
         """Refuses numbers that are not positive."""
@@ -63,6 +64,32 @@ class Job:
                 not isinstance(value, int) or isinstance(value, bool) or value < 1
             ):
                 raise ValueError(f"`{name}` is a positive integer, got {value!r}")
+
+
+# What processes of one run must agree on, for the same bits and the same cache.
+_SETTINGS = (
+    "jax_num_cpu_devices",
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_min_entry_size_bytes",
+)
+
+
+def settings() -> dict[str, Any]:
+    """JAX's settings here, for another process of the same run."""
+    return {name: _setting(name) for name in _SETTINGS}
+
+
+def configure(settings: Mapping[str, Any]) -> None:
+    """Takes the settings of another process over, before a device is used."""
+    for name, value in settings.items():
+        jax.config.update(name, value)
+
+
+def _setting(name: str) -> Any:
+    return getattr(jax.config, name)
 
 
 def numerics() -> dict[str, Any]:
@@ -76,12 +103,12 @@ def numerics() -> dict[str, Any]:
     found = {
         "xviz_jax": __version__,
         "jax": jax.__version__,
-        "jaxlib": jax.lib.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
         "platform": device.platform,
         "device": device.device_kind,
         "xla_flags": " ".join(sorted(flags)),
-        "matmul_precision": str(jax.config.jax_default_matmul_precision),
-        "x64": bool(jax.config.jax_enable_x64),
+        "matmul_precision": str(_setting("jax_default_matmul_precision")),
+        "x64": bool(_setting("jax_enable_x64")),
     }
     if device.platform == "cpu":
         found["instructions"] = _instructions()

@@ -96,6 +96,7 @@ class Local:
         numbers = sorted(ranges)
         following = [*numbers[1:], None]
         current = self._begin(numbers[0], ranges, self._read(numbers[0], ranges))
+        number = numbers[0]
         try:
             for number, after in zip(numbers, following, strict=True):
                 read = None if after is None else self._read(after, ranges)

@@ -68,6 +68,10 @@ class Meter:
         self._partial = 0
         self._begin = time.monotonic()
 
+    def restart(self) -> None:
+        """Counts from now on."""
+        self._begin = time.monotonic()
+
     def advance(self, rows: int) -> None:
         """Rows of one method were done."""
         self._partial += rows

@@ -186,7 +186,7 @@ def _update(found: Any, array: pa.Array) -> None:
             found.update(f"{array.type.field(index).name};".encode())
             _update(found, field)
     elif pa.types.is_list(array.type):
-        lengths = pc.fill_null(pc.list_value_length(array), 0)
+        lengths = pc.call_function("list_value_length", [array]).fill_null(0)
         _add(found, np.asarray(lengths))
         _update(found, array.flatten())
     elif pa.types.is_string(array.type):

@@ -1,59 +1,19 @@
-"""Runs an audit: whatever happens, what is committed stays, and a rerun ends it."""
+"""Explains every record of a source, whatever happens on the way."""
 
-import concurrent.futures
-import contextlib
-import dataclasses
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from xviz_jax.audit import files, lock, manifest, shard
-from xviz_jax.audit.isolated import Isolated
+from xviz_jax.audit import lock
 from xviz_jax.audit.job import Job
-from xviz_jax.audit.local import Background, Local, Range, apart
-from xviz_jax.audit.manifest import Manifest
 from xviz_jax.audit.model import Model
-from xviz_jax.audit.progress import SUMMARY, Log, Meter, Progress, Summary
-from xviz_jax.audit.shard import Counts, Result
+from xviz_jax.audit.progress import Progress, Summary
+from xviz_jax.audit.ray import Ray
+from xviz_jax.audit.runner import Runner
 from xviz_jax.audit.sources import Buckets
-from xviz_jax.audit.state import START, Marks
-from xviz_jax.audit.stopping import Preempted, Stop, listening
-from xviz_jax.audit.worker import Worker
+from xviz_jax.audit.stopping import Stop, listening
 
 METHODS = ("attention_rollout", "attention_relevance", "integrated_gradients")
-# Below so many records a share says little.
-_FEW = 1000
-
-
-class Changed(ValueError):
-    """The folder holds a run of another fingerprint."""
-
-
-class TooManyBad(RuntimeError):
-    """More records cannot be explained than was allowed."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Ray:
-    """A Ray cluster, for the engine `ray`.
-
-    Attributes:
-      address: Of the cluster; None starts one on this machine, `auto` finds one.
-      actors: How many workers.
-      cpus: Processors of each.
-      gpus: GPUs of each.
-      resources: Other resources of each, such as `{"TPU": 4}`.
-      retries: How often Ray tries a shard again when its worker died, before the
-        record that kills it is looked for.
-    """
-
-    address: str | None = None
-    actors: int = 1
-    cpus: float = 1
-    gpus: float = 0
-    resources: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    retries: int = 2
 
 
 def run(
@@ -72,7 +32,7 @@ def run(
     seed: int = 0,
     vocabulary: int | None = None,
     buckets: Buckets | None = None,
-    duplicates: str = "refuse",
+    duplicates: Literal["refuse", "number", "trust"] = "refuse",
     devices: int | None = None,
     split: bool = False,
     isolate: bool = False,
@@ -129,8 +89,6 @@ def run(
       Busy: If another runner writes into the folder.
       OSError: If the disk is full, say. What is committed stays.
     """
-    if isinstance(target, list):
-        target = tuple(target)
     if not isinstance(methods, Mapping):
         methods = {name: {} for name in methods}
     if engine not in ("local", "ray"):
@@ -161,264 +119,9 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     stop = stop or Stop()
     with lock.held(out, wait=wait), listening(stop):
-        runner = _Runner(out, job, stop, deadline, progress)
+        runner = Runner(out, job, stop, deadline, progress)
         opened = runner.open(engine, ray or Ray(), isolate)
         try:
             return runner.run(opened, max_bad_fraction, new_run)
         finally:
             opened.close()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Opened:
-    """An engine that is ready.
-
-    Attributes:
-      said: What its workers are.
-      prove: The canary.
-      devices: What it runs on.
-      results: Computes shards.
-      close: Ends it.
-    """
-
-    said: dict[str, Any]
-    prove: Callable[[], Any]
-    devices: Sequence[str]
-    results: Callable[[Mapping[int, Range], Meter], Iterator[tuple[int, Result]]]
-    close: Callable[[], Any]
-
-
-class _Runner:
-    """One run of one folder, which is locked."""
-
-    def __init__(
-        self,
-        out: Path,
-        job: Job,
-        stop: Stop,
-        deadline: float,
-        progress: Callable[[Progress], Any] | None,
-    ):
-        self._out, self._job, self._stop = out, job, stop
-        self._deadline, self._progress = deadline, progress
-        for name in (shard.SHARDS, shard.QUARANTINE):
-            (out / name).mkdir(exist_ok=True)
-            files.sweep(out / name)
-        files.sweep(out)
-        self._marks, self._log = Marks(out), Log(out)
-
-    def open(self, engine: str, ray: Ray, isolate: bool) -> _Opened:
-        """Starts the engine."""
-        if engine == "ray":
-            from xviz_jax.audit import cluster
-
-            found = cluster.Cluster(self._job, ray, self._stop, self._deadline)
-            return _Opened(
-                found.describe(),
-                found.prove,
-                found.devices(),
-                lambda ranges, meter: found.results(ranges),
-                found.close,
-            )
-        isolated = Isolated(self._job, check=self._stop.check)
-        if isolate or self._marks.crashing():
-            self._log.say("computing in a process of its own")
-            return self._apart(isolated)
-        self._marks.begin(START)
-        started = Background(Worker, self._job)
-        if not started.wait(self._deadline):
-            self._log.say("the first records hang: going on in a process of its own")
-            return self._apart(isolated)
-        worker = started.answer()
-        said = worker.describe()
-        self._marks.end(START)
-        return _Opened(
-            said,
-            worker.prove,
-            worker.devices(),
-            lambda ranges, meter: Local(
-                worker,
-                isolated,
-                self._marks,
-                deadline=self._deadline,
-                stop=self._stop,
-                advance=lambda count: self._advance(meter, count),
-            ).results(ranges),
-            isolated.close,
-        )
-
-    def _apart(self, isolated: Isolated) -> _Opened:
-        said = isolated.describe(self._deadline)
-        self._marks.end(START)
-        return _Opened(
-            said,
-            lambda: isolated.call("prove"),
-            isolated.call("devices"),
-            lambda ranges, meter: apart(ranges, isolated, self._deadline),
-            isolated.close,
-        )
-
-    def _advance(self, meter: Meter, count: int) -> None:
-        meter.advance(count)
-        if self._progress is not None:
-            self._progress(meter.now())
-
-    def run(self, opened: _Opened, most: float, new_run: bool) -> Summary:
-        """Computes what is missing."""
-        plan = Manifest(manifest.plain(opened.said))
-        fresh = self._compare(plan, new_run)
-        done, damaged = self._verify(plan)
-        counts = sum(done.values(), Counts())
-        missing = [number for number in range(plan.shards) if number not in done]
-        # A prediction, and every method.
-        passes = 1 + len(self._job.methods)
-        meter = Meter(plan.records, counts, len(opened.devices), passes)
-        say = lambda state, why="", computed=0, verdict=None: self._summary(
-            plan, opened, meter, damaged, state, why, computed, verdict
-        )
-        if not missing:
-            return say("complete")
-        verdict = opened.prove()
-        if fresh:
-            beside = {"model": str(self._job.model), "bitwise": verdict.bitwise}
-            manifest.write(self._out, plan, beside)
-        if not verdict.bitwise:
-            self._log.say(
-                "rows are equal within a tolerance only, not bit for bit: "
-                + ", ".join(verdict.notes)
-            )
-        computed = 0
-        ranges = {number: plan.range(number) for number in missing}
-        self._log.say(f"run {plan.run}: {len(missing)} of {plan.shards} shards to do")
-        try:
-            self._check_bad(meter.counts, plan.records, most)
-            for number, result in opened.results(ranges, meter):
-                meter.commit(shard.commit(self._out, number, plan.run, result))
-                self._marks.end(number)
-                computed += 1
-                self._log.say(f"shard {number}: {meter.now()}")
-                if self._progress is not None:
-                    self._progress(meter.now())
-                self._check_bad(meter.counts, plan.records, most)
-                self._stop.check()
-        except Preempted as error:
-            self._give_up(missing)
-            return say("preempted", str(error), computed, verdict)
-        except TooManyBad as error:
-            self._give_up(missing)
-            return say("too_many_bad", str(error), computed, verdict)
-        except Exception as error:
-            self._give_up(missing)
-            why = f"{type(error).__name__}: {error}"
-            with contextlib.suppress(OSError):
-                say("fault", why, computed, verdict)
-            raise
-        return say("complete", "", computed, verdict)
-
-    def _give_up(self, missing: Sequence[int]) -> None:
-        """This process ends in order: none of the shards is to blame."""
-        for number in missing:
-            self._marks.end(number)
-
-    def _compare(self, plan: Manifest, new_run: bool) -> bool:
-        """Whether the folder is fresh; one of another run is refused."""
-        try:
-            known = manifest.load(self._out)
-        except ValueError as error:
-            if not new_run:
-                raise
-            self._log.say(str(error))
-            known = Manifest({})
-        if known is None:
-            return True
-        if known.run == plan.run:
-            return False
-        lines = manifest.difference(known.said, plan.said)
-        if not new_run:
-            raise Changed(
-                f"{self._out} holds a run of another fingerprint; pass --new-run to "
-                "put it aside:\n  " + "\n  ".join(lines)
-            )
-        self._put_aside(known.run)
-        return True
-
-    def _put_aside(self, run: str) -> None:
-        place = self._out / "previous" / run
-        number = 1
-        while place.exists():
-            number += 1
-            place = self._out / "previous" / f"{run}-{number}"
-        place.mkdir(parents=True)
-        # The fingerprint goes last: until then a rerun refuses as this one would have.
-        for name in (shard.SHARDS, shard.QUARANTINE, SUMMARY, manifest.NAME):
-            if (self._out / name).exists():
-                (self._out / name).rename(place / name)
-        for name in (shard.SHARDS, shard.QUARANTINE):
-            (self._out / name).mkdir()
-        self._log.say(f"the run {run} lies in {place} now")
-
-    def _verify(self, plan: Manifest) -> tuple[dict[int, Counts], list[int]]:
-        """Shards that are there, and the numbers of damaged ones."""
-        there = [n for n in range(plan.shards) if shard.path_of(self._out, n).exists()]
-        done, damaged = {}, []
-
-        def look(number: int) -> Counts | shard.Damaged:
-            begin, end = plan.range(number)
-            try:
-                return shard.verify(self._out, number, plan.run, end - begin)
-            except shard.Damaged as error:
-                return error
-
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            for number, found in zip(there, pool.map(look, there), strict=True):
-                if isinstance(found, shard.Damaged):
-                    self._log.say(f"shard {number} is computed again: {found}")
-                    damaged.append(number)
-                else:
-                    done[number] = found
-        return done, damaged
-
-    def _check_bad(self, counts: Counts, records: int, most: float) -> None:
-        bad, seen = counts.quarantined, counts.records
-        enough = seen >= min(records, _FEW)
-        if bad > most * records or (enough and bad > most * seen):
-            reasons = dict(counts.reasons.most_common())
-            raise TooManyBad(
-                f"{bad} of {seen} records cannot be explained, more than the share of "
-                f"{most:g} that `max_bad_fraction` allows: {reasons}"
-            )
-
-    def _summary(
-        self,
-        plan: Manifest,
-        opened: _Opened,
-        meter: Meter,
-        damaged: Sequence[int],
-        state: str,
-        why: str,
-        computed: int,
-        verdict: Any,
-    ) -> Summary:
-        counts, now = meter.counts, meter.now()
-        found = Summary(
-            state=state,
-            why=why,
-            run=plan.run,
-            records=plan.records,
-            explained=counts.explained,
-            unconverged=counts.unconverged,
-            quarantined=counts.quarantined,
-            reasons=dict(sorted(counts.reasons.items())),
-            numerics=dict(sorted(counts.numerics.items())),
-            bitwise=None if verdict is None else verdict.bitwise,
-            notes=() if verdict is None else verdict.notes,
-            shards=plan.shards,
-            computed=computed,
-            damaged=tuple(damaged),
-            seconds=round(meter.seconds(), 3),
-            records_per_second=round(now.rate, 3),
-            devices=tuple(opened.devices),
-        )
-        self._log.say(f"{state}: {now}{'; ' if why else ''}{why}")
-        found.write(self._out)
-        return found

@@ -13,6 +13,7 @@ from xviz_jax.audit import files, rows
 
 SHARDS, QUARANTINE = "shards", "quarantine"
 _ABOUT = b"xviz"
+_REPEATING = ["status", "numerics_id", "label", "reason"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +113,9 @@ def commit(folder: Path, number: int, run: str, result: Result) -> Counts:
         "checksum": rows.checksum(result.explained),
         "quarantined": len(result.quarantined),
         "quarantine_checksum": rows.checksum(result.quarantined),
-        "counts": dataclasses.asdict(counts),
+        "unconverged": counts.unconverged,
+        "reasons": dict(counts.reasons),
+        "numerics": dict(counts.numerics),
     }
     files.write(
         path_of(folder, number), lambda file: _write(file, result.explained, about)
@@ -131,20 +134,20 @@ def _counts(result: Result) -> Counts:
 
 
 def _write(file: Any, table: pa.Table, about: dict[str, Any]) -> None:
-    if about:
-        said = json.dumps(about, sort_keys=True).encode()
-        table = table.replace_schema_metadata({_ABOUT: said})
     # Statistics have no checksum, and nothing here would be found by them.
-    pq.write_table(
-        table,
+    with pq.ParquetWriter(
         file,
+        table.schema,
         compression="zstd",
         compression_level=1,
-        use_dictionary=["status", "numerics_id", "label"],
+        use_dictionary=_REPEATING,  # pyright: ignore[reportArgumentType]
         write_page_checksum=True,
         write_statistics=False,
         store_schema=False,
-    )
+    ) as writer:
+        writer.write_table(table)
+        said = json.dumps(about, sort_keys=True)
+        writer.add_key_value_metadata({_ABOUT.decode(): said})
 
 
 class Damaged(ValueError):
@@ -165,16 +168,14 @@ def verify(folder: Path, number: int, run: str, expected: int) -> Counts:
       FileNotFoundError: If there is none.
     """
     path = path_of(folder, number)
-    table = _read(path)
-    about = about_of(table.schema)
+    table, about = read(path)
     if (about.get("run"), about.get("shard")) != (run, number):
         raise Damaged(f"{path.name} belongs to another run or shard")
-    counts = about["counts"]
     counts = Counts(
-        counts["explained"],
-        counts["unconverged"],
-        collections.Counter(counts["reasons"]),
-        collections.Counter(counts["numerics"]),
+        about["rows"],
+        about["unconverged"],
+        collections.Counter(about["reasons"]),
+        collections.Counter(about["numerics"]),
     )
     if len(table) != about["rows"] or len(table) + about["quarantined"] != expected:
         raise Damaged(f"{path.name} has {len(table)} rows, wanted {about['rows']}")
@@ -186,7 +187,7 @@ def verify(folder: Path, number: int, run: str, expected: int) -> Counts:
         aside.unlink(missing_ok=True)
         return counts
     try:
-        bad = _read(aside)
+        bad, _ = read(aside)
     except FileNotFoundError as error:
         raise Damaged(f"the quarantined records of {path.name} are gone") from error
     if rows.checksum(bad) != about["quarantine_checksum"]:
@@ -194,24 +195,29 @@ def verify(folder: Path, number: int, run: str, expected: int) -> Counts:
     return counts
 
 
-def _read(path: Path) -> pa.Table:
+def read(path: Path) -> tuple[pa.Table, dict[str, Any]]:
+    """A file of a shard, and what it says of itself.
+
+    Raises:
+      Damaged: If its pages do not have their checksums, or no audit wrote it.
+      FileNotFoundError: If there is none.
+    """
     try:
-        return pq.read_table(
-            path, page_checksum_verification=True, partitioning=None, memory_map=False
-        )
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            return file.read(), about_of(file.metadata)
     except FileNotFoundError:
         raise
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, ValueError) as error:
         raise Damaged(f"{path.name} cannot be read: {error}") from error
 
 
-def about_of(schema: pa.Schema) -> dict[str, Any]:
+def about_of(metadata: pq.FileMetaData) -> dict[str, Any]:
     """What a shard's file says of itself.
 
     Raises:
-      Damaged: If it says nothing.
+      ValueError: If it says nothing.
     """
     try:
-        return json.loads((schema.metadata or {})[_ABOUT])
+        return json.loads((metadata.metadata or {})[_ABOUT])
     except (KeyError, ValueError) as error:
-        raise Damaged("a file in `shards` was not written by an audit") from error
+        raise ValueError("it was not written by an audit") from error

@@ -126,11 +126,11 @@ class Worker:
 
     def read(self, begin: int, end: int) -> Batch:
         """Reads a range of records and sorts out those that cannot be explained."""
-        prepared, bad = [], []
-        for index in range(begin, end):
-            found = self._read(index)
-            (bad if isinstance(found, rows.Quarantined) else prepared).append(found)
-        return Batch(prepared, bad)
+        found = [self._read(index) for index in range(begin, end)]
+        return Batch(
+            [each for each in found if isinstance(each, _Prepared)],
+            [each for each in found if isinstance(each, rows.Quarantined)],
+        )
 
     def compute(
         self,
@@ -151,14 +151,12 @@ class Worker:
         groups: dict[str, list[_Prepared]] = collections.defaultdict(list)
         for each in batch.prepared:
             groups[each.key].append(each)
-        explained: list[rows.Explained] = []
-        bad = [*batch.quarantined]
+        found: list[rows.Explained | rows.Quarantined] = [*batch.quarantined]
         for key in sorted(groups):
-            for found in self._group(groups[key], key, check):
-                (bad if isinstance(found, rows.Quarantined) else explained).append(
-                    found
-                )
-        return Result(rows.table(explained, self.diagnostics), rows.quarantine(bad))
+            found += self._group(groups[key], key, check)
+        good = [each for each in found if isinstance(each, rows.Explained)]
+        bad = [each for each in found if isinstance(each, rows.Quarantined)]
+        return Result(rows.table(good, self.diagnostics), rows.quarantine(bad))
 
     def refuse(self, index: int, reason: str, message: str) -> Result:
         """A record that a process did not survive."""

@@ -1,0 +1,234 @@
+"""The engine for clusters: Ray places the workers, retries and replaces them.
+
+Each worker is an actor that holds the model and its compiled programs. This process
+hands out shards and commits what comes back; it needs no device.
+"""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from xviz_jax.audit.canary import Verdict
+from xviz_jax.audit.extra import require
+from xviz_jax.audit.isolated import CRASH, TIMEOUT
+from xviz_jax.audit.job import Job, configure, settings
+from xviz_jax.audit.local import Range
+from xviz_jax.audit.manifest import difference
+from xviz_jax.audit.shard import Result
+from xviz_jax.audit.stopping import Stop
+from xviz_jax.audit.worker import Worker
+
+_POLL = 0.2
+# Shards that wait at each worker, so that none waits for this process.
+_AHEAD = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ray:
+    """A Ray cluster, for the engine `ray`.
+
+    Attributes:
+      address: Of the cluster; None starts one on this machine, `auto` finds one.
+      actors: How many workers.
+      cpus: Processors of each.
+      gpus: GPUs of each.
+      resources: Other resources of each, such as `{"TPU": 4}`.
+      retries: How often Ray tries a shard again when its worker died, before the
+        record that kills it is looked for.
+    """
+
+    address: str | None = None
+    actors: int = 1
+    cpus: float = 1
+    gpus: float = 0
+    resources: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    retries: int = 2
+
+
+class Cluster:
+    """Workers on a Ray cluster."""
+
+    def __init__(self, job: Job, options: Ray, stop: Stop, deadline: float):
+        """Starts the workers.
+
+        Args:
+          job: What they are told; it is pickled.
+          options: The cluster.
+          stop: Whether someone asked for an end.
+          deadline: Seconds for one shard.
+
+        Raises:
+          ImportError: If Ray is not installed.
+          ValueError: If there are no actors.
+        """
+        if options.actors < 1:
+            raise ValueError(f"`actors` is positive, got {options.actors}")
+        self._ray = require("ray", "the engine 'ray'", "ray")
+        self._stop, self._deadline = stop, deadline
+        self._started = not self._ray.is_initialized()
+        if self._started:
+            self._ray.init(
+                address=options.address, log_to_driver=False, include_dashboard=False
+            )
+        make = self._ray.remote(
+            num_cpus=options.cpus,
+            num_gpus=options.gpus,
+            resources=dict(options.resources),
+            max_restarts=-1,
+            max_task_retries=options.retries,
+        )(_Remote)
+        known = settings()
+        self._actors = [make.remote(job, known) for _ in range(options.actors)]
+
+    def describe(self) -> dict[str, Any]:
+        """As a worker's; all must agree.
+
+        Raises:
+          ValueError: If they are not of one kind.
+        """
+        first, *others = self._all("describe")
+        for other in others:
+            if other != first:
+                lines = difference(first, other)
+                raise ValueError(
+                    "workers are not of one kind, and rows would depend on which had "
+                    "them:\n  " + "\n  ".join(lines)
+                )
+        return first
+
+    def devices(self) -> list[str]:
+        """Of all workers."""
+        found = self._all("devices")
+        return [f"worker {n} {each}" for n, names in enumerate(found) for each in names]
+
+    def prove(self) -> Any:
+        """The canary, on every worker.
+
+        Raises:
+          ValueError: If the model draws random numbers.
+        """
+        found = self._all("prove")
+        notes = tuple(sorted({note for each in found for note in each.notes}))
+        return Verdict(all(each.bitwise for each in found), notes)
+
+    def results(self, ranges: Mapping[int, Range]) -> Iterator[tuple[int, Result]]:
+        """The shards, in the order in which they are done.
+
+        A shard that ends its worker again and again, or hangs, is halved until the
+        record is found.
+
+        Raises:
+          Preempted: If someone asked for an end.
+        """
+        waiting = collections.deque(_Part(n, *ranges[n]) for n in sorted(ranges))
+        parts: dict[int, list[tuple[int, Result]]] = collections.defaultdict(list)
+        busy: dict[Any, tuple[_Part, int, float]] = {}
+        free = [n for _ in range(_AHEAD) for n in range(len(self._actors))]
+        while waiting or busy:
+            while waiting and free:
+                part, actor = waiting.popleft(), free.pop(0)
+                call = self._actors[actor].call.remote(part.method, *part.arguments)
+                busy[call] = part, actor, time.monotonic()
+            done, _ = self._ray.wait([*busy], num_returns=1, timeout=_POLL)
+            self._stop.check()
+            for late in [] if done else self._late(busy):
+                part, actor, _ = busy.pop(late)
+                self._ray.kill(self._actors[actor], no_restart=False)
+                free.append(actor)
+                waiting.extendleft(part.smaller(TIMEOUT, "no answer in time"))
+            for reference in done:
+                part, actor, _ = busy.pop(reference)
+                free.append(actor)
+                try:
+                    result = self._ray.get(reference)
+                except self._ray.exceptions.RayActorError as error:
+                    waiting.extendleft(part.smaller(CRASH, str(error).splitlines()[0]))
+                    continue
+                except self._ray.exceptions.RayTaskError as error:
+                    raise error.cause from error
+                found = parts[part.number]
+                found.append((part.begin, result))
+                begin, end = ranges[part.number]
+                if sum(_records(each) for _, each in found) == end - begin:
+                    yield part.number, _joined(parts.pop(part.number))
+
+    def close(self) -> None:
+        """Ends the workers, and the cluster if it was started for them."""
+        for actor in self._actors:
+            self._ray.kill(actor)
+        if self._started:
+            self._ray.shutdown()
+
+    def _all(self, method: str) -> list[Any]:
+        references = [actor.call.remote(method) for actor in self._actors]
+        try:
+            waiting = references
+            while waiting:
+                _, waiting = self._ray.wait(
+                    waiting, num_returns=len(waiting), timeout=_POLL
+                )
+                self._stop.check()
+            return self._ray.get(references)
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+
+    def _late(self, busy: Mapping[Any, tuple["_Part", int, float]]) -> list[Any]:
+        # One call runs at a time; the next one has waited for it.
+        now, limit = time.monotonic(), _AHEAD * self._deadline
+        return [ref for ref, (_, _, since) in busy.items() if now - since > limit][:1]
+
+
+class _Remote:
+    """A worker in an actor; what is wrong with its job is said by the first call."""
+
+    def __init__(self, job: Job, known: Mapping[str, Any]):
+        configure(known)
+        self._job, self._worker = job, None
+
+    def call(self, method: str, *args: Any) -> Any:
+        if self._worker is None:
+            self._worker = Worker(self._job)
+        return getattr(self._worker, method)(*args)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A shard, or a range of one whose worker did not survive it."""
+
+    number: int
+    begin: int
+    end: int
+    refused: tuple[str, str] | None = None
+
+    @property
+    def method(self) -> str:
+        return "compute" if self.refused is None else "refuse"
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        if self.refused is None:
+            return self.begin, self.end
+        return self.begin, *self.refused
+
+    def smaller(self, reason: str, message: str) -> list["_Part"]:
+        """Its halves; or a single record, set aside."""
+        if self.end - self.begin == 1:
+            return [dataclasses.replace(self, refused=(reason, message))]
+        middle = (self.begin + self.end) // 2
+        return [
+            dataclasses.replace(self, begin=middle),
+            dataclasses.replace(self, end=middle),
+        ]
+
+
+def _records(result: Result) -> int:
+    return len(result.explained) + len(result.quarantined)
+
+
+def _joined(parts: list[tuple[int, Result]]) -> Result:
+    first, *others = [result for _, result in sorted(parts, key=lambda part: part[0])]
+    for other in others:
+        first = first.joined(other)
+    return first
