@@ -1,4 +1,4 @@
-"""The command line: `xviz-jax demo | explain | doctor`."""
+"""The command line: `xviz-jax demo | explain | audit | doctor`."""
 
 import argparse
 import sys
@@ -10,7 +10,7 @@ from xviz_jax._version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0 done, 2 bad call."""
+    """Runs one command; returns its exit code: 0 done, 2 bad call, more of `audit`."""
     parser = argparse.ArgumentParser(
         prog="xviz-jax", description="Explain any JAX model, over any number of inputs."
     )
@@ -49,8 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="one for each argument, such as float32[28,28]",
     )
     _explain_arguments(commands)
+    _audit_arguments(commands)
     arguments = parser.parse_args(argv)
-    run = {"demo": _demo, "doctor": _doctor, "explain": _explain}
+    run = {"demo": _demo, "doctor": _doctor, "explain": _explain, "audit": _audit}
     return run[arguments.command](arguments)
 
 
@@ -103,6 +104,56 @@ def _explain_arguments(commands: Any) -> None:
     explain.add_argument("--out", type=Path, help="a picture: .png, .pdf or .svg")
 
 
+def _audit_arguments(commands: Any) -> None:
+    audit = commands.add_parser(
+        "audit",
+        help="explain any number of records, and survive",
+        description="Explains every record of a source and leaves a row of each in "
+        "OUT/shards/*.parquet; run again, it does what is missing. Exit codes: 0 done, "
+        "1 a fault, 2 a bad call, 3 too many bad records, 143 ended early: run again.",
+    )
+    audit.add_argument(
+        "--model",
+        help="embedded (the default), a checkpoint's folder, a GGUF file, or "
+        "module:function",
+    )
+    audit.add_argument("--data", help="a path or address of records")
+    audit.add_argument("--out", help="folder for the results")
+    audit.add_argument("--methods", help="comma-separated names")
+    audit.add_argument(
+        "--option",
+        action="append",
+        dest="options",
+        metavar="METHOD.NAME=VALUE",
+        help="of a method, such as integrated_gradients.tolerance=0.03",
+    )
+    audit.add_argument(
+        "--target",
+        help="a class or its name, two classes A,B, or label; default: the predicted",
+    )
+    audit.add_argument("--columns", help="the model's arguments, comma-separated")
+    audit.add_argument("--config", type=Path, help="a TOML file of these settings")
+    audit.add_argument("--engine", choices=("local", "ray"))
+    audit.add_argument("--microbatch", help="records computed at once, or auto")
+    audit.add_argument("--shard-size", type=int, help="records committed at once")
+    audit.add_argument("--limit", type=int, help="only so many records")
+    audit.add_argument("--seed", type=int, help="of random methods")
+    audit.add_argument("--vocabulary", type=int, help="tokens that a function knows")
+    audit.add_argument("--buckets", help="lengths tokens are padded to, as 64,128")
+    audit.add_argument("--duplicates", choices=("refuse", "number", "trust"))
+    audit.add_argument("--devices", type=int, help="how many local devices are used")
+    flag = {"action": "store_true", "default": None}
+    audit.add_argument(
+        "--split", help="spread a checkpoint over all local devices", **flag
+    )
+    audit.add_argument("--isolate", help="compute in a process of its own", **flag)
+    audit.add_argument("--deadline", type=float, help="seconds for one shard")
+    audit.add_argument("--max-bad-fraction", type=float, help="by default 0.05")
+    audit.add_argument("--wait", type=float, help="seconds for another runner to end")
+    audit.add_argument("--new-run", help="put another run aside", **flag)
+    audit.add_argument("--dry-run", help="say what it would take", **flag)
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     # Imports the model and matplotlib, which `--help` need not wait for.
     from xviz_jax import demo
@@ -138,6 +189,21 @@ def _explain(arguments: argparse.Namespace) -> int:
         print(f"xviz-jax explain: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    try:
+        from xviz_jax.audit import command
+    except ImportError as error:
+        print(
+            f"xviz-jax audit: {error}: pip install 'xviz-jax[audit]'", file=sys.stderr
+        )
+        return 2
+    # A model beside the reader's own files, as `python -m` would find it.
+    sys.path.insert(0, "")
+    given = {**vars(arguments)}
+    del given["command"]
+    return command.main(given)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -1,5 +1,7 @@
 """Millions of inputs explained: records in, shards of attributions out."""
 
+from xviz_jax.audit.estimate import Estimate as Estimate
+from xviz_jax.audit.estimate import estimate as estimate
 from xviz_jax.audit.job import Job as Job
 from xviz_jax.audit.lock import Busy as Busy
 from xviz_jax.audit.model import Model as Model

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,9 @@ from xviz_jax.audit.job import Job, configure, settings
 from xviz_jax.audit.shard import Result
 from xviz_jax.audit.worker import Worker
 
-_POLL = 0.2
+_POLL = 0.1
+# Seconds for a process to start, besides what the first look at the data takes.
+_PATIENCE = 120.0
 # Records at the beginning of the data that a first look goes round.
 _FARTHEST = 1000
 CRASH, TIMEOUT = "CRASH", "TIMEOUT"
@@ -72,17 +75,13 @@ class Isolated:
           Lost: If the process does not answer.
           Exception: What the method raised.
         """
-        if self._process is None:
-            self._start()
         try:
-            self._pipe.send((name, args))
-            waited = 0.0
-            while not self._pipe.poll(_POLL):
-                waited += _POLL
-                self._check()
-                if deadline is not None and waited >= deadline:
-                    raise Lost(TIMEOUT, f"no answer in {deadline:g} s")
-            failed, answer = self._pipe.recv()
+            if self._process is None:
+                self._start()
+                # Importing and compiling are not the records' fault.
+                started = None if deadline is None else deadline + _PATIENCE
+                self._ask("devices", (), started)
+            failed, answer = self._ask(name, args, deadline)
         except (EOFError, OSError, Lost) as error:
             raise self._lost(error) from error
         except BaseException:
@@ -91,6 +90,17 @@ class Isolated:
         if failed:
             raise answer
         return answer
+
+    def _ask(
+        self, name: str, args: tuple[Any, ...], deadline: float | None
+    ) -> tuple[bool, Any]:
+        self._pipe.send((name, args))
+        begin = time.monotonic()
+        while not self._pipe.poll(_POLL):
+            self._check()
+            if deadline is not None and time.monotonic() - begin > deadline:
+                raise Lost(TIMEOUT, f"no answer in {deadline:g} s")
+        return self._pipe.recv()
 
     def compute(self, begin: int, end: int, deadline: float | None = None) -> Result:
         """Explains a range; records that end the process are set aside."""

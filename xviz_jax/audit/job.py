@@ -4,7 +4,7 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ class Job:
     Attributes:
       model: As `model.find` takes it.
       data: As `open_source` takes it, or a source.
-      methods: Options of each method, by name.
+      methods: Names, or the options of each method by name.
       columns: Columns that are the model's arguments, in order.
       target: None, a class, `label`, or two classes.
       microbatch: Records computed at once; None chooses by device and memory.
@@ -43,7 +43,7 @@ class Job:
 
     model: str | Callable | Model
     data: Any
-    methods: Mapping[str, Mapping[str, Any]]
+    methods: Mapping[str, Mapping[str, Any]] | Sequence[str]
     columns: tuple[str, ...] | None = None
     target: int | str | tuple[int, int] | None = None
     microbatch: int | None = None
@@ -55,6 +55,13 @@ class Job:
     devices: int | None = None
     split: bool = False
     duplicates: Literal["refuse", "number", "trust"] = "refuse"
+
+    @property
+    def options(self) -> dict[str, dict[str, Any]]:
+        """Of each method, by name."""
+        if isinstance(self.methods, Mapping):
+            return {name: dict(given) for name, given in self.methods.items()}
+        return {name: {} for name in self.methods}
 
     def __post_init__(self) -> None:
         """Refuses numbers that are not positive."""

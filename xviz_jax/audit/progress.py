@@ -137,6 +137,7 @@ class Summary:
       seconds: Of this run.
       records_per_second: Of this run.
       devices: What it ran on.
+      hung: Whether a thread of this process never came back.
     """
 
     state: str
@@ -156,6 +157,7 @@ class Summary:
     seconds: float
     records_per_second: float
     devices: tuple[str, ...]
+    hung: bool = False
 
     def write(self, folder: Path) -> None:
         """Writes `summary.json`."""

@@ -89,8 +89,6 @@ def run(
       Busy: If another runner writes into the folder.
       OSError: If the disk is full, say. What is committed stays.
     """
-    if not isinstance(methods, Mapping):
-        methods = {name: {} for name in methods}
     if engine not in ("local", "ray"):
         raise ValueError(f"`engine` is 'local' or 'ray', got {engine!r}")
     if not 0 <= max_bad_fraction <= 1:
@@ -99,7 +97,7 @@ def run(
         raise ValueError(f"`deadline` is a time in seconds, got {deadline}")
     job = Job(
         model=model,
-        data=data if not isinstance(data, Path) else str(data),
+        data=str(data) if isinstance(data, Path) else data,
         methods=methods,
         columns=tuple(columns) if columns is not None else None,
         target=target,

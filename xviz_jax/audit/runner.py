@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from xviz_jax.audit.worker import Worker
 
 # Below so many records a share says little.
 _FEW = 1000
+_POLL = 0.1
 
 
 class Changed(ValueError):
@@ -70,6 +72,7 @@ class Runner:
             files.sweep(out / name)
         files.sweep(out)
         self._marks, self._log = Marks(out), Log(out)
+        self._hung: Callable[[], bool] = lambda: False
 
     def open(self, engine: str, ray: Ray, isolate: bool) -> Opened:
         """Starts the engine."""
@@ -88,7 +91,8 @@ class Runner:
             return self._apart(isolated)
         self._marks.begin(START)
         started = Background(Worker, self._job)
-        if not started.wait(self._deadline):
+        if not self._came(started):
+            self._hung = lambda: True
             self._log.say("the first records hang: going on in a process of its own")
             return self._apart(isolated)
         worker = started.answer()
@@ -98,16 +102,36 @@ class Runner:
             said,
             worker.prove,
             worker.devices(),
-            lambda ranges, meter: Local(
-                worker,
-                isolated,
-                self._marks,
-                deadline=self._deadline,
-                stop=self._stop,
-                advance=lambda count: self._advance(meter, count),
-            ).results(ranges),
+            lambda ranges, meter: self._local(worker, isolated, ranges, meter),
             isolated.close,
         )
+
+    def _came(self, started: Background) -> bool:
+        """Whether a worker is ready in time."""
+        until = time.monotonic() + self._deadline
+        while not started.wait(_POLL):
+            self._stop.check()
+            if time.monotonic() > until:
+                return False
+        return True
+
+    def _local(
+        self,
+        worker: Worker,
+        isolated: Isolated,
+        ranges: Mapping[int, Range],
+        meter: Meter,
+    ) -> Iterator[tuple[int, Result]]:
+        engine = Local(
+            worker,
+            isolated,
+            self._marks,
+            deadline=self._deadline,
+            stop=self._stop,
+            advance=lambda count: self._advance(meter, count),
+        )
+        self._hung = lambda: engine.hung
+        return engine.results(ranges)
 
     def _apart(self, isolated: Isolated) -> Opened:
         said = isolated.describe(self._deadline)
@@ -133,7 +157,7 @@ class Runner:
         counts = sum(done.values(), Counts())
         missing = [number for number in range(plan.shards) if number not in done]
         # A prediction, and every method.
-        passes = 1 + len(self._job.methods)
+        passes = 1 + len(self._job.options)
         meter = Meter(plan.records, counts, len(opened.devices), passes)
         say = lambda state, why="", computed=0, verdict=None: self._summary(
             plan, opened, meter, damaged, state, why, computed, verdict
@@ -281,6 +305,7 @@ class Runner:
             seconds=round(meter.seconds(), 3),
             records_per_second=round(now.rate, 3),
             devices=tuple(opened.devices),
+            hung=self._hung(),
         )
         self._log.say(f"{state}: {now}{'; ' if why else ''}{why}")
         found.write(self._out)

@@ -66,16 +66,19 @@ class Worker:
           Unusable: If nothing in the data can be explained.
         """
         self.job = job
-        check(job.methods)
-        self.question = Question(job.target, job.seed)
+        check(job.options)
         self.model = find(
             job.model, vocabulary=job.vocabulary, buckets=job.buckets, split=job.split
         )
+        target, classes = job.target, self.model.classes or ()
+        if isinstance(target, str) and target in classes:
+            target = classes.index(target)
+        self.question = Question(target, job.seed)
         self.source = _opened(job, self.model)
         self.total = min(len(self.source), job.limit or len(self.source))
         if self.total == 0:
             raise ValueError("there are no records to explain")
-        self.programs = Programs(self.model, job.methods, self.question, job.devices)
+        self.programs = Programs(self.model, job.options, self.question, job.devices)
         self._columns = job.columns or self.model.columns
         self._smaller: dict[str, tuple[int, int]] = {}
         self._examples = self._look(avoid, 3)
@@ -96,7 +99,7 @@ class Worker:
             "numerics": numerics(),
             "weights": hashed(self.model, arguments),
             "mesh": dict(self.model.mesh.shape) if self.model.mesh else None,
-            "methods": {k: {**v} for k, v in job.methods.items()},
+            "methods": job.options,
             "target": list(job.target) if isinstance(job.target, tuple) else job.target,
             "seed": job.seed,
             "columns": list(self._columns) if self._columns else None,
@@ -177,7 +180,7 @@ class Worker:
 
     def _name(self, index: int) -> str:
         try:
-            return self.source[index].id
+            return _name(self.source[index].id)
         except BadRecord as error:
             return error.id or str(index)
 
@@ -185,7 +188,7 @@ class Worker:
         name = str(index)
         try:
             record = self.source[index]
-            name = record.id
+            name = _name(record.id)
             columns = self._columns or self._default(record)
             args, length = self.model.arguments(record, columns)
             target = self._target(record.label)
@@ -405,6 +408,20 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError) and (
         "RESOURCE_EXHAUSTED" in str(error)
     )
+
+
+def _name(id: str) -> str:
+    """An id that can be written.
+
+    Raises:
+      BadRecord: If it is none.
+    """
+    try:
+        id.encode()
+    except (AttributeError, UnicodeEncodeError) as error:
+        said = repr(id)[:100]
+        raise BadRecord("BAD_UTF8", f"the id {said}: {error}", said) from None
+    return id
 
 
 def _extent(values: np.ndarray) -> str:

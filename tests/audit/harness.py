@@ -1,0 +1,99 @@
+"""Runs audits here or elsewhere, and holds what must be true after any fault."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tests.audit import tiny
+from tests.conftest import CACHE
+from xviz_jax import audit
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def run(out, **options):
+    """An audit of the tiny model in this process."""
+    given = {"model": tiny.MODEL, "methods": ("saliency",), "data": tiny.Records()}
+    given |= {"microbatch": 4, "shard_size": 8, "max_bad_fraction": 0.5, "devices": 1}
+    return audit.run(out, **{**given, **options})
+
+
+def start(out, failpoint="", **options):
+    """The same in a process of its own."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "XVIZ_FAILPOINT": failpoint,
+    }
+    options = {"max_bad_fraction": 0.5, **options}
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.audit.process", str(out), json.dumps(options)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+def ended(process, timeout=120):
+    """Its exit code, and what it said."""
+    said, errors = process.communicate(timeout=timeout)
+    return process.returncode, said, errors
+
+
+def read(out, name="shards"):
+    """All rows in the order of the files."""
+    files = sorted((Path(out) / name).glob("*.parquet"))
+    tables = [pq.read_table(file, partitioning=None) for file in files]
+    return pa.concat_tables(tables) if tables else None
+
+
+def bits(out):
+    """The bytes of each row, by id."""
+    table = read(out).drop_columns(["index"])
+    found = {}
+    for number, name in enumerate(table.column("id").to_pylist()):
+        row = table.slice(number, 1).combine_chunks()
+        found[name] = audit.rows.checksum(row)
+    return found
+
+
+def quarantined(out):
+    """Reasons by id."""
+    table = read(out, "quarantine")
+    if table is None:
+        return {}
+    ids = table.column("id").to_pylist()
+    assert len(ids) == len(set(ids))
+    return dict(zip(ids, table.column("reason").to_pylist(), strict=True))
+
+
+def check(out, clean, inputs=None):
+    """The invariant: nothing lost, nothing twice, every row a clean run's.
+
+    Args:
+      out: The folder.
+      clean: `bits` of a run without faults.
+      inputs: Ids of all records; by default those of the clean run.
+    """
+    table = read(out)
+    ids = table.column("id").to_pylist()
+    inputs = set(clean) if inputs is None else set(inputs)
+    assert len(ids) == len(set(ids))
+    bad = set(quarantined(out))
+    assert not bad & set(ids)
+    assert bad | set(ids) == inputs
+    found = bits(out)
+    for name in ids:
+        assert found[name] == clean[name], name
+    left = [path for path in Path(out).rglob("*.tmp")]
+    assert not left
