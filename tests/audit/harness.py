@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from tests.audit import tiny
 from tests.conftest import CACHE
 from xviz_jax import audit
+from xviz_jax.audit import rows
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -63,7 +64,7 @@ def bits(out):
     found = {}
     for number, name in enumerate(table.column("id").to_pylist()):
         row = table.slice(number, 1).combine_chunks()
-        found[name] = audit.rows.checksum(row)
+        found[name] = rows.checksum(row)
     return found
 
 
@@ -95,5 +96,5 @@ def check(out, clean, inputs=None):
     found = bits(out)
     for name in ids:
         assert found[name] == clean[name], name
-    left = [path for path in Path(out).rglob("*.tmp")]
+    left = [*Path(out).rglob("*.tmp")]
     assert not left

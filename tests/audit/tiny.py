@@ -62,9 +62,11 @@ def random_trace(x):
 def neighbours(x):
     """Of a whole batch, as a layer in training mode computes."""
     mean = jax.pure_callback(
-        lambda rows: np.broadcast_to(rows.mean(), rows.shape[:1]).astype(np.float32)
-        if rows.ndim > 1
-        else np.float32(rows.mean()),
+        lambda rows: (
+            np.broadcast_to(rows.mean(), rows.shape[:1]).astype(np.float32)
+            if rows.ndim > 1
+            else np.float32(rows.mean())
+        ),
         jax.ShapeDtypeStruct((), jnp.float32),
         jax.lax.stop_gradient(x),
         vmap_method="expand_dims",

@@ -87,6 +87,10 @@ def make(
     if name == "integrated_gradients":
         given["chunk"] = 1
     settings = {k: v for k, v in given.items() if k in takes} | dict(options)
+    for each in ("baseline", "baselines"):
+        # A file of settings has lists where the method has arrays.
+        if isinstance(settings.get(each), list):
+            settings[each] = np.asarray(settings[each], np.float32)
 
     # Behind the last token of a padded record lies padding.
     own = model.buckets is not None and QUERY in takes and QUERY not in options

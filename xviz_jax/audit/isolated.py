@@ -18,7 +18,7 @@ from xviz_jax.audit.shard import Result
 from xviz_jax.audit.worker import Worker
 
 _POLL = 0.1
-# Seconds for a process to start, besides what the first look at the data takes.
+# Seconds for a process to start, before it looks at a record.
 _PATIENCE = 120.0
 # Records at the beginning of the data that a first look goes round.
 _FARTHEST = 1000
@@ -78,10 +78,9 @@ class Isolated:
         try:
             if self._process is None:
                 self._start()
-                # Importing and compiling are not the records' fault.
-                started = None if deadline is None else deadline + _PATIENCE
-                self._ask("devices", (), started)
-            failed, answer = self._ask(name, args, deadline)
+                self._answer(_PATIENCE)
+            self._pipe.send((name, args))
+            failed, answer = self._answer(deadline)
         except (EOFError, OSError, Lost) as error:
             raise self._lost(error) from error
         except BaseException:
@@ -91,10 +90,7 @@ class Isolated:
             raise answer
         return answer
 
-    def _ask(
-        self, name: str, args: tuple[Any, ...], deadline: float | None
-    ) -> tuple[bool, Any]:
-        self._pipe.send((name, args))
+    def _answer(self, deadline: float | None) -> tuple[bool, Any]:
         begin = time.monotonic()
         while not self._pipe.poll(_POLL):
             self._check()
@@ -148,6 +144,7 @@ def _serve(pipe: Any, job: Job, config: dict[str, Any], avoid: int) -> None:
     # On a GPU the parent may hold memory too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     worker = None
+    pipe.send((False, None))
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             name, args = pipe.recv()

@@ -3,13 +3,18 @@
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from xviz_jax.audit import files
 
 NAME = "run.json"
 _FORMAT = 1
+# Where an object lies in memory.
+_ADDRESS = re.compile(" at 0x[0-9a-f]+")
 # What a row's bits do not depend on.
 _ELSEWHERE = ("records", "shard_size", "source", "microbatch")
 
@@ -56,7 +61,7 @@ class Manifest:
 
 
 def _short(said: dict[str, Any]) -> str:
-    text = json.dumps(said, sort_keys=True, default=repr)
+    text = json.dumps(said, sort_keys=True, default=_spelled)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -74,7 +79,7 @@ def write(folder: Path, manifest: Manifest, beside: dict[str, Any]) -> None:
         "fingerprint": manifest.said,
         **beside,
     }
-    text = json.dumps(said, indent=2, default=repr, allow_nan=False) + "\n"
+    text = json.dumps(said, indent=2, default=_spelled, allow_nan=False) + "\n"
     files.write(folder / NAME, text.encode())
 
 
@@ -116,5 +121,27 @@ def difference(old: Any, new: Any, name: str = "") -> list[str]:
 
 
 def plain(said: dict[str, Any]) -> dict[str, Any]:
-    """A fingerprint as it looks once it was written and read."""
-    return json.loads(json.dumps(said, default=repr))
+    """A fingerprint as it looks once it was written and read.
+
+    Arrays become their hashes, and functions their names with what they close over.
+    """
+    return json.loads(json.dumps(said, default=_spelled))
+
+
+def _spelled(value: Any) -> Any:
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        stored = np.ascontiguousarray(value)
+        digest = hashlib.sha256(stored.tobytes()).hexdigest()
+        return f"{stored.dtype}{list(stored.shape)} {digest}"
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return {"is": _qualified(type(value)), **fields}
+    if callable(value):
+        cells = [cell.cell_contents for cell in getattr(value, "__closure__", ()) or ()]
+        return {"is": _qualified(value), "of": cells}
+    return _ADDRESS.sub("", repr(value))
+
+
+def _qualified(value: Any) -> str:
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
