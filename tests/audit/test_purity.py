@@ -29,7 +29,7 @@ def values(out):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "out"
-    done = harness.run(out, methods=METHODS, devices=4)
+    done = harness.run(out, methods=METHODS, devices=2)
     assert done.bitwise and done.explained == 40
     return out
 
@@ -79,7 +79,7 @@ def test_buckets_depend_on_the_record_and_padding_changes_nothing(tmp_path):
         np.random.default_rng(n).integers(1, 11, n).astype(np.int32) for n in lengths
     ]
     source = [audit.Record(f"t{n}", {"tokens": each}) for n, each in enumerate(rows)]
-    given = {"model": "tests.audit.tiny:tokens", "data": Listed(source), "devices": 2}
+    given = {"model": "tests.audit.tiny:tokens", "data": Listed(source), "devices": 1}
     buckets = audit.Buckets(column="tokens", lengths=(4, 8))
     methods = ("integrated_gradients", "saliency")
     options = {"methods": methods, "buckets": buckets, "vocabulary": 11, **given}

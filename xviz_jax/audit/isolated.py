@@ -18,6 +18,8 @@ from xviz_jax.audit.shard import Result
 from xviz_jax.audit.worker import Worker
 
 _POLL = 0.1
+# Seconds for a process to be gone that has closed its pipe.
+_LAST = 10.0
 # Seconds for a process to start, before it looks at a record.
 _PATIENCE = 120.0
 # Records at the beginning of the data that a first look goes round.
@@ -78,7 +80,6 @@ class Isolated:
         try:
             if self._process is None:
                 self._start()
-                self._answer(_PATIENCE)
             self._pipe.send((name, args))
             failed, answer = self._answer(deadline)
         except (EOFError, OSError, Lost) as error:
@@ -122,14 +123,18 @@ class Isolated:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
             target=_serve,
-            args=(theirs, self._job, settings(), self._avoid),
+            args=(theirs, pickle.dumps(self._job), settings(), self._avoid),
             daemon=True,
         )
         self._process.start()
         theirs.close()
+        try:
+            self._answer(_PATIENCE)
+        except (EOFError, Lost) as error:
+            raise RuntimeError(f"no process could be started: {error}") from error
 
     def _lost(self, error: Exception) -> Lost:
-        self._process.join(timeout=_POLL)
+        self._process.join(timeout=_LAST)
         code = self._process.exitcode
         self.close()
         if isinstance(error, Lost):
@@ -137,12 +142,14 @@ class Isolated:
         return Lost(CRASH, f"the process ended with exit code {code}")
 
 
-def _serve(pipe: Any, job: Job, config: dict[str, Any], avoid: int) -> None:
+def _serve(pipe: Any, packed: bytes, config: dict[str, Any], avoid: int) -> None:
     # A signal to the group is the parent's to answer.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    configure(config)
     # On a GPU the parent may hold memory too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    configure(config)
+    # Only now, for it may hold arrays, and those a device.
+    job: Job = pickle.loads(packed)
     worker = None
     pipe.send((False, None))
     with contextlib.suppress(EOFError, BrokenPipeError):

@@ -1,5 +1,6 @@
 """What a worker is told: enough to do any shard, in any process, with the same bits."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import os
@@ -92,7 +93,10 @@ def settings() -> dict[str, Any]:
 def configure(settings: Mapping[str, Any]) -> None:
     """Takes the settings of another process over, before a device is used."""
     for name, value in settings.items():
-        jax.config.update(name, value)
+        # Devices are there already where the main module uses JAX when imported; on
+        # their number nothing depends.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update(name, value)
 
 
 def _setting(name: str) -> Any:

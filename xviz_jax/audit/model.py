@@ -73,6 +73,9 @@ class Model:
         missing = [name for name, value in given.items() if value is None]
         if missing:
             raise BadRecord("MISSING", f"there is no column {missing}", record.id)
+        for name, column in (self.schema or {}).items():
+            if name in given:
+                given[name] = column.check(name, given[name], parsed=False)
         if self.read is None:
             args = tuple(plain(name, value) for name, value in given.items())
         else:

@@ -6,6 +6,7 @@ hands out shards and commits what comes back; it needs no device.
 
 import collections
 import dataclasses
+import pickle
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -79,8 +80,8 @@ class Cluster:
             max_restarts=-1,
             max_task_retries=options.retries,
         )(_Remote)
-        known = settings()
-        self._actors = [make.remote(job, known) for _ in range(options.actors)]
+        packed, known = self._ray.cloudpickle.dumps(job), settings()
+        self._actors = [make.remote(packed, known) for _ in range(options.actors)]
 
     def describe(self) -> dict[str, Any]:
         """As a worker's; all must agree.
@@ -183,9 +184,11 @@ class Cluster:
 class _Remote:
     """A worker in an actor; what is wrong with its job is said by the first call."""
 
-    def __init__(self, job: Job, known: Mapping[str, Any]):
+    def __init__(self, packed: bytes, known: Mapping[str, Any]):
         configure(known)
-        self._job, self._worker = job, None
+        # Only now, for it may hold arrays, and those a device.
+        self._job: Job = pickle.loads(packed)
+        self._worker: Worker | None = None
 
     def call(self, method: str, *args: Any) -> Any:
         if self._worker is None:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 from xviz_jax.audit import files, rows
 
 SHARDS, QUARANTINE = "shards", "quarantine"
-_ABOUT = b"xviz"
+_ABOUT, _DIGEST = "xviz", "xviz_sha256"
 _REPEATING = ["status", "numerics_id", "label", "reason"]
 
 
@@ -147,7 +148,8 @@ def _write(file: Any, table: pa.Table, about: dict[str, Any]) -> None:
     ) as writer:
         writer.write_table(table)
         said = json.dumps(about, sort_keys=True)
-        writer.add_key_value_metadata({_ABOUT.decode(): said})
+        digest = hashlib.sha256(said.encode()).hexdigest()
+        writer.add_key_value_metadata({_ABOUT: said, _DIGEST: digest})
 
 
 class Damaged(ValueError):
@@ -217,7 +219,8 @@ def about_of(metadata: pq.FileMetaData) -> dict[str, Any]:
     Raises:
       ValueError: If it says nothing.
     """
-    try:
-        return json.loads((metadata.metadata or {})[_ABOUT])
-    except (KeyError, ValueError) as error:
-        raise ValueError("it was not written by an audit") from error
+    found = metadata.metadata or {}
+    said, digest = (found.get(name.encode(), b"") for name in (_ABOUT, _DIGEST))
+    if hashlib.sha256(said).hexdigest().encode() != digest:
+        raise ValueError("it does not say what an audit has written")
+    return json.loads(said)
