@@ -6,8 +6,10 @@ map: a file that shrinks under one ends the process.
 """
 
 import dataclasses
+import lzma
 import struct
 import zipfile
+import zlib
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -94,10 +96,7 @@ class Npz(Reader):
             file = self._opened(member.stream)
             file.seek(member.begin + row * size)
             stored = file.read(size)
-        except (OSError, EOFError, zipfile.BadZipFile) as error:
-            raise BadRecord("UNREADABLE", f"{name!r}: {error}") from None
-        except Exception as error:
-            # zlib and lzma have errors of their own.
+        except (zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError) as error:
             raise BadRecord("UNDECODABLE", f"{name!r}: {error}") from None
         if len(stored) < size:
             raise BadRecord("TRUNCATED", f"{name!r}: {len(stored)} of {size} bytes")
@@ -109,14 +108,24 @@ class Npz(Reader):
         except (UnicodeError, ValueError) as error:
             raise BadRecord("BAD_UTF8", f"{name!r}: {error}") from None
 
-    def _opened(self, stream: str) -> BinaryIO:
+    def _opened(self, stream: str) -> Any:
         """This thread's handle of the file, or of a compressed member."""
         handles = vars(self.handles)
         if stream not in handles:
-            file = self.place.open()
             # Each has a handle of its own: members are read in turn.
-            handles[stream] = zipfile.ZipFile(file).open(stream) if stream else file
-        return handles[stream]
+            handles[stream] = _Handle(self.place.open(), stream)
+        return handles[stream].stream
+
+
+class _Handle:
+    """An open file that is closed with its thread or its reader."""
+
+    def __init__(self, file: BinaryIO, stream: str):
+        self.file = file
+        self.stream = zipfile.ZipFile(file).open(stream) if stream else file
+
+    def __del__(self):
+        self.file.close()
 
 
 def _members(file: BinaryIO, size: int, place: Place) -> dict[str, Member]:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from xviz_jax.audit.sources import ids, pixels
+from xviz_jax.audit.sources import ids, json_text, pixels
 from xviz_jax.audit.sources.record import BadRecord, Limits, Reader, Record
-from xviz_jax.audit.sources.schema import ANY, Column
+from xviz_jax.audit.sources.schema import ANY, DEFAULTS, Column
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,6 +47,7 @@ class Source:
 
         Raises:
           BadRecord: If the record cannot be used; it knows its id.
+          OSError: If the storage failed. That is no fault of the record's: try again.
           IndexError: If there is no such row.
         """
         if not 0 <= row < len(self):
@@ -79,7 +80,7 @@ class Source:
         said = {
             "columns": dict(self.columns),
             "data": self.reader.identity(),
-            "ids": self.names.policy(),
+            "ids": self.names.identity(),
             "label": self.label,
             "limits": dataclasses.asdict(self.limits),
             "prepare": _qualified(self.prepare),
@@ -93,13 +94,16 @@ class Source:
         return tuple(dict.fromkeys([*self.columns.values(), *beside]))
 
     def _value(self, ours: str, raw: Mapping[str, Any]) -> np.ndarray | str:
-        theirs, column = self.columns[ours], self.schema.get(ours, ANY)
+        theirs = self.columns[ours]
+        column = self.schema.get(ours) or DEFAULTS.get(ours, ANY)
         value = raw.get(theirs)
         if value is None:
             raise BadRecord("MISSING", f"{theirs!r} has no value")
         if pixels.encoded(value) or column.decode == "image":
             value = pixels.decode(value, self.limits, self.reader.folder)
-        return column.check(ours, value, parsed=theirs not in self.reader.kinds)
+        elif self.reader.textual and column.dtype != "text" and isinstance(value, str):
+            value = json_text.numbers(value, self.limits, column.shape == ())
+        return column.check(ours, value, loose=self.reader.loose)
 
     def _prepared(self, found: dict[str, Any]) -> dict[str, Any]:
         assert self.prepare is not None
