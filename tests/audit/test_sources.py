@@ -57,10 +57,9 @@ def test_records_are_those_that_were_written(name, folder):
     source = open_source(folder / name, schema=SCHEMA)
     found, right = [*source.rows(0, len(source))], wanted()
     assert len(found) == len(right) == writers.COUNT
-    label = str if name == "e.csv" else int
     for one, other in zip(found, right, strict=True):
         assert isinstance(one, Record)
-        assert equal(one, Record(other.id, other.columns, label(other.label)))
+        assert equal(one, other)
         assert one.columns["tokens"].dtype == np.int32
     order = np.random.default_rng(1).permutation(len(source))[:60]
     for row in order:
@@ -134,7 +133,7 @@ def test_a_folder_of_files_is_one_source(tmp_path):
     found = writers.records()
     for part, rows in enumerate(np.array_split(np.arange(writers.COUNT), 4)):
         cut = {n: [v[row] for row in rows] for n, v in found.items()}
-        cut["tokens"] = np.array(cut["tokens"])
+        cut["tokens"] = [row.tolist() for row in cut["tokens"]]
         writers.parquet(tmp_path / f"part-{part}.parquet", cut)
     (tmp_path / "_SUCCESS").touch()
     source = open_source(tmp_path, schema=SCHEMA)
@@ -166,8 +165,8 @@ def test_images_of_a_folder_are_upright_pixels_with_classes(tmp_path):
     assert [record.id for record in source.rows(0, len(source))] == [
         "a/deep/er/y.PNG", "a/z.jpg", "b/x.png", "c/v.gif", "c/w.jpg"
     ]  # fmt: skip
-    assert [record.label for record in source.rows(0, 5)] == [0, 0, 1, 2, 2]
-    assert source.reader.classes == ("a", "b", "c")
+    assert [source[row].label for row in range(5)] == [0, 0, 1, 2, 2]
+    assert source.classes == ("a", "b", "c")
     image = source[2].columns["image"]
     assert image.dtype == np.uint8
     np.testing.assert_array_equal(

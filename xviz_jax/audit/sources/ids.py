@@ -49,10 +49,15 @@ class Ids:
         Raises:
           BadRecord: If it is no text and no integer, too long or no UTF-8.
         """
-        name = own(row, raw, self.column)
-        if self.first and self.first.get(_digest(name), row) != row:
-            return renamed(name, row)
-        return name
+        return self._unique(row, own(row, raw, self.column))
+
+    def of_bad(self, row: int, reader: Reader) -> str:
+        """The id of a row that cannot be used: its own if that can be read alone."""
+        return self._unique(row, _look(reader, row, self.column)[0])
+
+    def _unique(self, row: int, name: str) -> str:
+        first = self.first and self.first.get(_digest(name), row)
+        return name if not self.first or first == row else renamed(name, row)
 
     def identity(self) -> list[str | None]:
         """What the fingerprint holds."""
@@ -133,8 +138,10 @@ def resolve(reader: Reader, column: str | None, duplicates: Duplicates) -> Ids:
     return Ids(column, duplicates, first, len(later), missing, content.hexdigest())
 
 
-def _look(reader: Reader, row: int, column: str) -> tuple[str, bool]:
+def _look(reader: Reader, row: int, column: str | None) -> tuple[str, bool]:
     """A row's id, or its number where the id cannot be read; whether it has none."""
+    if column is None:
+        return str(row), False
     try:
         raw = reader.read(row, (column,))
         return own(row, raw, column), raw.get(column) in (None, "", b"")

@@ -30,9 +30,6 @@ class ImageFolder(Reader):
 
     `id` is the path within the folder, and `label` the number of the first subfolder
     among their names in order, as in torchvision; hidden files are left out.
-
-    Attributes:
-      classes: The names of the subfolders; the label is an index of them.
     """
 
     def __init__(self, place: Place, limits: Limits):
@@ -98,7 +95,8 @@ def _here(place: Place) -> Iterator[tuple[str, int]]:
         with os.scandir(root / below) as entries:
             for entry in entries:
                 name = f"{below}{entry.name}"
-                if entry.is_symlink() and entry.is_dir() and entry.name[0] != ".":
+                linked = entry.is_symlink() and (root / name).is_dir()
+                if linked and entry.name[0] != ".":
                     raise ValueError(
                         f"{place} holds the link {name!r} to a folder, which is not "
                         "followed: put the folder itself there"

@@ -54,6 +54,7 @@ class Parquet(Reader):
             self.weights = [_expanded(group) for group in groups]
             self.names = tuple(schema.names)
             self.kinds = dict(filter(None, map(_kind, schema)))
+        self.size = place.size()
         self.footer = _footer(place, footer.serialized_size)
         if len(set(self.names)) < len(self.names):
             raise ValueError(f"{place.name} has a column twice, of {list(self.names)}")
@@ -64,14 +65,15 @@ class Parquet(Reader):
 
     def read(self, row: int, names: tuple[str, ...]) -> dict[str, Any]:
         """One row, out of the batch that this thread read last if it is there."""
-        at = self.handles
-        if getattr(at, "names", None) != names or not at.begin <= row < at.end:
-            self._seek(row, names)
-        found = {}
-        for name in names:
-            if name in self.names:
-                found[name] = _value(name, at.batch.column(name)[row - at.begin])
-        return found
+        cursors = vars(self.handles)
+        at = cursors.setdefault(repr(names), _Cursor())
+        if not at.begin <= row < at.end:
+            self._seek(at, row, names)
+        return {
+            name: _value(name, at.batch.column(name)[row - at.begin])
+            for name in names
+            if name in self.names
+        }
 
     def identity(self) -> dict[str, Any]:
         """The file's size, and a hash of its footer: schema, places and statistics."""
@@ -82,19 +84,17 @@ class Parquet(Reader):
             "footer": self.footer,
         }
 
-    def _seek(self, row: int, names: tuple[str, ...]) -> None:
+    def _seek(self, at: "_Cursor", row: int, names: tuple[str, ...]) -> None:
         """Reads on to the batch with this row; from the group's begin if need be."""
-        at, group = self.handles, int(np.searchsorted(self.first, row, "right")) - 1
-        count = self.first[group + 1] - self.first[group]
-        each = self.weights[group] / int(count)
+        group = int(np.searchsorted(self.first, row, "right")) - 1
+        count = int(self.first[group + 1] - self.first[group])
+        each = self.weights[group] / count
         if each > self.limits.bytes:
             raise BadRecord(
                 "TOO_LARGE", f"{each:.0f} bytes a row, the most are {self.limits.bytes}"
             )
-        if getattr(at, "place", None) != (group, names) or row < at.begin:
-            file = getattr(at, "file", None)
-            vars(at).clear()
-            at.file = file or self._open()
+        if at.group != group or row < at.begin:
+            at.file = at.file or self._open()
             at.batches = at.file.iter_batches(
                 max(1, min(_ROWS, int(_BYTES / max(each, 1.0)))),
                 row_groups=[group],
@@ -102,30 +102,27 @@ class Parquet(Reader):
                 use_threads=False,
             )
             at.begin = at.end = int(self.first[group])
-            at.place, at.fault = (group, names), "it ends too early"
+            at.group, at.fault = group, "it ends too early"
         try:
             while row >= at.end:
                 batch = next(at.batches)
                 at.begin, at.end = at.end, at.end + batch.num_rows
-                at.batch, at.names = batch, names
+                at.batch = batch
         except StopIteration:
             # Nothing of a group can be read past what is damaged.
-            raise self._damaged(group) from None
+            raise BadRecord("UNDECODABLE", f"row group {group}: {at.fault}") from None
         except (OSError, ValueError) as error:
             if isinstance(error, OSError) and self._storage(error):
-                vars(at).clear()
+                self.close()
                 raise
             at.fault = str(error)
-            raise self._damaged(group) from None
+            raise BadRecord("UNDECODABLE", f"row group {group}: {at.fault}") from None
 
     def _storage(self, error: OSError) -> bool:
         """Whether the storage failed; damaged pages are an OSError of pyarrow's too."""
         if self.place.system is None:
             return error.errno is not None
         return not any(word in str(error) for word in _DAMAGE)
-
-    def _damaged(self, group: int) -> BadRecord:
-        return BadRecord("UNDECODABLE", f"row group {group}: {self.handles.fault}")
 
     def _open(self) -> Any:
         parquet = require("pyarrow.parquet", "Parquet")
@@ -135,6 +132,18 @@ class Parquet(Reader):
             pre_buffer=False,
             page_checksum_verification=True,
         )
+
+
+class _Cursor:
+    """Where a thread reads some columns."""
+
+    def __init__(self):
+        self.file: Any = None
+        self.batches: Any = None
+        self.batch: Any = None
+        self.group = -1
+        self.begin = self.end = 0
+        self.fault = ""
 
 
 def _footer(place: Place, size: int) -> str:

@@ -64,7 +64,7 @@ class Record:
     """
 
     id: str
-    columns: Mapping[str, np.ndarray | str]
+    columns: Mapping[str, Any]
     label: int | float | str | None = None
 
 
@@ -94,12 +94,14 @@ class Reader(abc.ABC):
         where it is the same in all.
       folder: Where names of files in the data are looked up; None where they are not.
       loose: Numbers were written as text, so 1 may stand for 1.0.
+      classes: What integer labels stand for, where the data says it.
       textual: Every value is a text, also what stands for numbers.
     """
 
     names: tuple[str, ...] = ()
     kinds: Mapping[str, tuple[np.dtype, tuple[int, ...] | None]] = MappingProxyType({})
     folder: "Place | None" = None
+    classes: tuple[str, ...] = ()
     loose = False
     textual = False
 

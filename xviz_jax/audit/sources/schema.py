@@ -66,8 +66,8 @@ class Column:
         if shape is not None and not _fits(shape, self.shape):
             raise ValueError(f"has rows {list(shape)}, {_spell(self.shape)} are wanted")
 
-    def check(self, name: str, value: Any, *, loose: bool) -> np.ndarray | str:
-        """The value as wanted.
+    def check(self, name: str, value: Any, *, loose: bool) -> Any:
+        """The value as wanted: a text or an array.
 
         Args:
           name: Of the column, for the error.

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 from xviz_jax.audit.sources import ids, json_text, pixels
 from xviz_jax.audit.sources.record import BadRecord, Limits, Reader, Record
 from xviz_jax.audit.sources.schema import ANY, DEFAULTS, Column
+
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,7 +55,7 @@ class Source:
         """
         if not 0 <= row < len(self):
             raise IndexError(f"there are {len(self)} records, got {row}")
-        name = str(row)
+        name = None
         try:
             raw = self.reader.read(row, self._wanted())
             name = self.names.of(row, raw)
@@ -61,6 +64,8 @@ class Source:
                 found = self._prepared(found)
             return Record(name, found, self._label(raw))
         except BadRecord as error:
+            if name is None:
+                name = self.names.of_bad(row, self.reader)
             raise BadRecord(error.reason, error.message, name) from error
 
     def rows(self, begin: int, end: int) -> Iterator[Record | BadRecord]:
@@ -69,7 +74,13 @@ class Source:
             try:
                 yield self[row]
             except BadRecord as error:
-                yield error
+                # Without the frames, which hold the record.
+                yield BadRecord(*error.args)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """What integer labels stand for, where the data says it: subfolders' names."""
+        return self.reader.classes
 
     def fingerprint(self) -> str:
         """The sha256 of what the records are: the same data, columns and checks.
@@ -93,7 +104,7 @@ class Source:
         beside = [name for name in (self.names.column, self.label) if name is not None]
         return tuple(dict.fromkeys([*self.columns.values(), *beside]))
 
-    def _value(self, ours: str, raw: Mapping[str, Any]) -> np.ndarray | str:
+    def _value(self, ours: str, raw: Mapping[str, Any]) -> Any:
         theirs = self.columns[ours]
         column = self.schema.get(ours) or DEFAULTS.get(ours, ANY)
         value = raw.get(theirs)
@@ -118,6 +129,8 @@ class Source:
         value = raw.get(self.label) if self.label is not None else None
         if isinstance(value, np.ndarray | np.generic) and value.ndim == 0:
             value = value.item()
+        if self.reader.textual and isinstance(value, str) and _INTEGER.fullmatch(value):
+            return int(value)
         if value is not None and not isinstance(value, int | float | str):
             raise BadRecord(
                 "WRONG_DTYPE",
