@@ -66,7 +66,9 @@ def other(name):
 def test_a_changed_run_is_refused(name, done, clean):
     """7."""
     before = harness.bits(done)
-    with pytest.raises(audit.Changed, match=rf"--new-run to put it aside:\n(.|\n)*{name}"):
+    with pytest.raises(
+        audit.Changed, match=rf"--new-run to put it aside:\n(.|\n)*{name}"
+    ):
         harness.run(done, **other(name))
     assert harness.bits(done) == before
     found = harness.run(done, new_run=True, **other(name))

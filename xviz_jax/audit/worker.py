@@ -107,7 +107,7 @@ class Worker:
             "microbatch": self.microbatch,
             "shard_size": job.shard_size or self._choose_shard(),
             "records": self.total,
-            "source": _fingerprint(self.source),
+            "source": self.source.fingerprint(),
         }
 
     def devices(self) -> list[str]:
@@ -429,16 +429,11 @@ def _extent(values: np.ndarray) -> str:
 
 
 def _opened(job: Job, model: Any) -> Any:
-    if not isinstance(job.data, str) and hasattr(job.data, "__getitem__"):
+    # A source of the caller's own, that says what it is; others are opened.
+    if hasattr(job.data, "fingerprint"):
         return job.data
     wanted = job.columns or model.columns
     schema = {k: v for k, v in (model.schema or {}).items()}
     return open_source(
         job.data, columns=wanted, schema=schema, duplicates=job.duplicates
     )
-
-
-def _fingerprint(source: Any) -> str:
-    if hasattr(source, "fingerprint"):
-        return source.fingerprint()
-    return f"{type(source).__module__}.{type(source).__qualname__} {len(source)}"

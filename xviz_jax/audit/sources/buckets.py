@@ -6,6 +6,7 @@ each record is padded to the next of a few lengths.
 
 import dataclasses
 import itertools
+from typing import Any
 
 import numpy as np
 
@@ -109,7 +110,7 @@ class Buckets:
             )
         return min(bucket for bucket in buckets if bucket >= length)
 
-    def padded(self, record: Record) -> tuple[dict[str, np.ndarray | str], np.ndarray]:
+    def padded(self, record: Record) -> tuple[dict[str, Any], np.ndarray]:
         """The record's columns with this one padded, and where it is not padding.
 
         Returns:
@@ -120,7 +121,6 @@ class Buckets:
         """
         length, bucket = self.length_of(record), self.bucket_of(record)
         value = record.columns[self.column]
-        assert isinstance(value, np.ndarray)
         full = np.full((bucket, *value.shape[1:]), self.pad, value.dtype)
         full[:length] = value[:length]
         return {**record.columns, self.column: full}, np.arange(bucket) < length

@@ -33,6 +33,7 @@ class Ids:
       first: Of each repeated id, its hash and its first row.
       repeated: Rows that were renamed.
       missing: Rows without an id, named by their number.
+      content: The sha256 of all, in order; empty where they were not looked at.
     """
 
     column: str | None = None
@@ -40,6 +41,7 @@ class Ids:
     first: Mapping[bytes, int] = dataclasses.field(default_factory=dict)
     repeated: int = 0
     missing: int = 0
+    content: str = ""
 
     def of(self, row: int, raw: Mapping[str, Any]) -> str:
         """The id of a row.
@@ -47,14 +49,19 @@ class Ids:
         Raises:
           BadRecord: If it is no text and no integer, too long or no UTF-8.
         """
-        name = own(row, raw, self.column)
-        if self.first and self.first.get(_digest(name), row) != row:
-            return renamed(name, row)
-        return name
+        return self._unique(row, own(row, raw, self.column))
 
-    def policy(self) -> list[str | None]:
+    def of_bad(self, row: int, reader: Reader) -> str:
+        """The id of a row that cannot be used: its own if that can be read alone."""
+        return self._unique(row, _look(reader, row, self.column)[0])
+
+    def _unique(self, row: int, name: str) -> str:
+        first = self.first and self.first.get(_digest(name), row)
+        return name if not self.first or first == row else renamed(name, row)
+
+    def identity(self) -> list[str | None]:
         """What the fingerprint holds."""
-        return [self.column, self.duplicates]
+        return [self.column, self.duplicates, self.content]
 
 
 def own(row: int, raw: Mapping[str, Any], column: str | None) -> str:
@@ -99,16 +106,20 @@ def resolve(reader: Reader, column: str | None, duplicates: Duplicates) -> Ids:
     if column is None or duplicates == "trust" or not len(reader):
         return Ids(column, duplicates)
     with tempfile.TemporaryFile() as file:
-        digests = np.memmap(file, f"S{_DIGEST}", "w+", shape=(len(reader),))
-        missing = 0
+        missing, content = 0, hashlib.sha256()
         for row in range(len(reader)):
             name, blank = _look(reader, row, column)
             missing += blank
-            digests[row] = _digest(name)
+            digest = _digest(name).ljust(_DIGEST, b"\0")
+            content.update(digest)
+            file.write(digest)
+        # Mapped once it is on the disk: a full disk under a map ends the process.
+        file.flush()
+        digests = np.memmap(file, f"S{_DIGEST}", "r+")
         digests.sort()
         twice = set(digests[1:][digests[1:] == digests[:-1]].tolist())
         if not twice:
-            return Ids(column, duplicates, missing=missing)
+            return Ids(column, duplicates, {}, 0, missing, content.hexdigest())
         first, later = _first(reader, column, twice)
         if duplicates == "refuse":
             shown = [f"{name!r:.60} (row {row})" for row, name in later[:_SHOWN]]
@@ -124,11 +135,13 @@ def resolve(reader: Reader, column: str | None, duplicates: Duplicates) -> Ids:
                     f"the repeated id {name!r:.60} of row {row} would be named as "
                     "another record is; pass `id=None` to name records by their row"
                 )
-    return Ids(column, duplicates, first, len(later), missing)
+    return Ids(column, duplicates, first, len(later), missing, content.hexdigest())
 
 
-def _look(reader: Reader, row: int, column: str) -> tuple[str, bool]:
+def _look(reader: Reader, row: int, column: str | None) -> tuple[str, bool]:
     """A row's id, or its number where the id cannot be read; whether it has none."""
+    if column is None:
+        return str(row), False
     try:
         raw = reader.read(row, (column,))
         return own(row, raw, column), raw.get(column) in (None, "", b"")

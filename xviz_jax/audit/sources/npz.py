@@ -6,8 +6,12 @@ map: a file that shrinks under one ends the process.
 """
 
 import dataclasses
+import io
+import lzma
+import os
 import struct
 import zipfile
+import zlib
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -19,6 +23,7 @@ from xviz_jax.audit.sources.schema import row_bytes
 
 _LOCAL_HEADER = 30
 _ONE = "x"
+_DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +59,11 @@ class Npz(Reader):
         self.size = place.size()
         with place.open() as file:
             try:
-                self.members = _members(file, self.size, place)
-            except (zipfile.BadZipFile, EOFError, OSError, struct.error) as error:
+                self.members = _members(file, self.size, place, limits)
+            except (*_DAMAGE, OSError, NotImplementedError) as error:
                 raise ValueError(
                     f"{place.name} is truncated or no npz: {error}"
                 ) from None
-        for name, member in self.members.items():
-            _check(place.name, name, member, limits)
         counts = {name: member.shape[0] for name, member in self.members.items()}
         if len(set(counts.values())) > 1:
             raise ValueError(
@@ -94,10 +97,7 @@ class Npz(Reader):
             file = self._opened(member.stream)
             file.seek(member.begin + row * size)
             stored = file.read(size)
-        except (OSError, EOFError, zipfile.BadZipFile) as error:
-            raise BadRecord("UNREADABLE", f"{name!r}: {error}") from None
-        except Exception as error:
-            # zlib and lzma have errors of their own.
+        except _DAMAGE as error:
             raise BadRecord("UNDECODABLE", f"{name!r}: {error}") from None
         if len(stored) < size:
             raise BadRecord("TRUNCATED", f"{name!r}: {len(stored)} of {size} bytes")
@@ -109,21 +109,40 @@ class Npz(Reader):
         except (UnicodeError, ValueError) as error:
             raise BadRecord("BAD_UTF8", f"{name!r}: {error}") from None
 
-    def _opened(self, stream: str) -> BinaryIO:
+    def _opened(self, stream: str) -> Any:
         """This thread's handle of the file, or of a compressed member."""
         handles = vars(self.handles)
         if stream not in handles:
-            file = self.place.open()
             # Each has a handle of its own: members are read in turn.
-            handles[stream] = zipfile.ZipFile(file).open(stream) if stream else file
-        return handles[stream]
+            handles[stream] = _Handle(self.place, stream)
+        return handles[stream].stream
 
 
-def _members(file: BinaryIO, size: int, place: Place) -> dict[str, Member]:
+class _Handle:
+    """An open file that is closed with its thread or its reader."""
+
+    def __init__(self, place: Place, stream: str):
+        if place.system is None:
+            # A file object that did not open its file closes without a warning.
+            self.number = os.open(place.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            file = io.BufferedReader(io.FileIO(self.number, closefd=False))
+        else:
+            self.number, file = None, place.open()
+        self.stream = zipfile.ZipFile(file).open(stream) if stream else file
+
+    def __del__(self):
+        number = getattr(self, "number", None)
+        if number is not None:
+            os.close(number)
+
+
+def _members(
+    file: BinaryIO, size: int, place: Place, limits: Limits
+) -> dict[str, Member]:
     if place.suffix == ".npy":
         dtype, shape, begin = _header(file, place.name, _ONE)
         member = Member(dtype, shape, begin)
-        return {_ONE: _sized(member, size - begin, place.name, _ONE)}
+        return {_ONE: _checked(member, size - begin, place.name, _ONE, limits)}
     found: dict[str, Member] = {}
     with zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
@@ -146,7 +165,8 @@ def _members(file: BinaryIO, size: int, place: Place) -> dict[str, Member]:
                 "" if stored else info.filename,
                 info.CRC,
             )
-            found[name] = _sized(member, info.file_size - begin, place.name, name)
+            held = info.file_size - begin
+            found[name] = _checked(member, held, place.name, name, limits)
     return found
 
 
@@ -186,18 +206,11 @@ def _data(file: BinaryIO, info: zipfile.ZipInfo, size: int, place: Place) -> int
     return begin
 
 
-def _sized(member: Member, size: int, file_name: str, name: str) -> Member:
-    """The member, whose declared size must be the size of its bytes."""
-    wanted = row_bytes(member.dtype, member.shape)
-    if wanted != size:
-        raise ValueError(
-            f"{file_name}: {name!r} declares {member.dtype}{list(member.shape)}, "
-            f"{wanted} bytes, and has {size}"
-        )
-    return member
-
-
-def _check(file_name: str, name: str, member: Member, limits: Limits) -> None:
+def _checked(
+    member: Member, stored: int, file_name: str, name: str, limits: Limits
+) -> Member:
+    """The member, if it is rows of values, and declares as many bytes as it has."""
+    kind = f"{member.dtype}{list(member.shape)}"
     if member.dtype.hasobject:
         raise ValueError(
             f"{file_name}: {name!r} holds Python objects, which are pickled and could "
@@ -205,13 +218,18 @@ def _check(file_name: str, name: str, member: Member, limits: Limits) -> None:
         )
     if member.dtype.kind not in "biufUS":
         raise ValueError(
-            f"{file_name}: {name!r} holds {member.dtype}, numbers or texts are wanted"
+            f"{file_name}: {name!r} is {kind}, numbers or texts are wanted"
         )
-    if not member.shape:
-        raise ValueError(f"{file_name}: {name!r} is one value, a row each is wanted")
-    size = row_bytes(member.dtype, member.shape[1:])
-    if size > limits.bytes:
+    row, whole = (row_bytes(member.dtype, s) for s in (member.shape[1:], member.shape))
+    if min(member.shape, default=0) < 0 or not member.shape or not row:
+        raise ValueError(f"{file_name}: {name!r} is {kind}, rows of values are wanted")
+    if whole != stored:
         raise ValueError(
-            f"{file_name}: a row of {name!r} has {size} bytes, `limits` allow "
+            f"{file_name}: {name!r} declares {kind}, {whole} bytes, and has {stored}"
+        )
+    if row > limits.bytes:
+        raise ValueError(
+            f"{file_name}: a row of {name!r} has {row} bytes, `limits` allow "
             f"{limits.bytes}"
         )
+    return member

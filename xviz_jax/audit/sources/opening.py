@@ -5,15 +5,30 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from xviz_jax.audit.sources import ids as ids_
+from xviz_jax.audit.sources.csv_rows import Csv
+from xviz_jax.audit.sources.image_folder import ImageFolder
+from xviz_jax.audit.sources.jsonl import Jsonl
 from xviz_jax.audit.sources.npz import Npz
+from xviz_jax.audit.sources.objects import Arrays, Objects
+from xviz_jax.audit.sources.parquet import Parquet
 from xviz_jax.audit.sources.place import Place, place
 from xviz_jax.audit.sources.record import Limits, Reader
 from xviz_jax.audit.sources.schema import Column
+from xviz_jax.audit.sources.several import Several
 from xviz_jax.audit.sources.source import Source
 
 # The columns that are read when none is named.
 INPUTS = ("image", "x", "tokens", "text")
 _ID, _LABEL = "id", "label"
+_FORMATS: Mapping[str, Callable[[Place, Limits], Reader]] = {
+    ".csv": Csv,
+    ".jsonl": Jsonl,
+    ".ndjson": Jsonl,
+    ".npy": Npz,
+    ".npz": Npz,
+    ".parquet": Parquet,
+    ".tsv": Csv,
+}
 
 
 def open_source(
@@ -31,7 +46,11 @@ def open_source(
     """Opens records to be read one by one, in any order.
 
     Args:
-      data: A path, or an address `s3://…` or `gs://…`, of a `.npz` or `.npy`.
+      data: A path, or an address `s3://…` or `gs://…`, of a file (`.parquet`, `.csv`,
+        `.tsv`, `.jsonl`, `.npz`, `.npy`), of a folder of files of one of these
+        formats, or of a folder of images, whose subfolders are classes. Or arrays by
+        name, or any object with `__len__` and `__getitem__`, whose elements are
+        mappings, texts or arrays.
       columns: What a record holds: names of the data's columns, or its own names
         and the data's. By default those of `image`, `x`, `tokens` and `text` that
         the data has.
@@ -48,10 +67,22 @@ def open_source(
       limits: How large one record may be.
       filesystem: A `pyarrow.fs.FileSystem` that `data` is a path in.
 
+    Returns:
+      A `Source`: `len(source)`, `source[row]`, `source.rows(begin, end)`.
+
     Raises:
       ValueError: If the data is damaged as a whole, or has not the columns. A fault
         of one record raises `BadRecord` where that record is read.
       ImportError: If the format needs an extra that is not installed.
+
+    >>> import numpy as np
+    >>> tokens = np.array([[5, 6, 7], [8, 99, 9]])
+    >>> schema = {"tokens": Column(dtype="int32", vocabulary=10)}
+    >>> source = open_source({"tokens": tokens}, schema=schema)
+    >>> source[0].columns["tokens"].tolist()
+    [5, 6, 7]
+    >>> [str(row) for row in source.rows(1, 2)]
+    ["OUT_OF_VOCABULARY: 'tokens' holds token 99, of a vocabulary of 10"]
     """
     limits = limits or Limits()
     reader, where = _reader(data, filesystem, limits)
@@ -69,9 +100,8 @@ def open_source(
                 column.check_kind(*reader.kinds[theirs])
             except ValueError as error:
                 raise ValueError(f"{where}: column {theirs!r} {error}") from None
-    names = reader.names
-    id = _beside("id", id, _ID, names, where)
-    label = _beside("label", label, _LABEL, names, where)
+    id = _beside("id", id, _ID, reader.names, where)
+    label = _beside("label", label, _LABEL, reader.names, where)
     return Source(
         reader=reader,
         columns=chosen,
@@ -85,58 +115,76 @@ def open_source(
 
 def _reader(data: Any, filesystem: Any, limits: Limits) -> tuple[Reader, str]:
     """The reader of the format, and what errors call the data."""
+    if isinstance(data, Mapping):
+        return Arrays(data), "the mapping"
     if not isinstance(data, str | os.PathLike):
-        raise ValueError(f"`data` is a path or an address, got {type(data).__name__}")
+        if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+            raise ValueError(
+                "`data` is a path, an address, arrays by name, or has `__len__` and "
+                f"`__getitem__`, got {type(data).__name__}"
+            )
+        return Objects(data), f"the {type(data).__name__}"
     found = place(data, filesystem)
     kind = found.kind()
     if kind == "nothing":
         raise ValueError(f"there is no data at {found}")
-    return _file(found, limits), found.name
+    return (_file if kind == "file" else _folder)(found, limits), found.name
 
 
 def _file(found: Place, limits: Limits) -> Reader:
-    if found.suffix in (".npz", ".npy"):
-        return Npz(found, limits)
-    raise ValueError(f"{found.name} is of no known format")
+    if found.suffix not in _FORMATS:
+        raise ValueError(
+            f"{found.name} is of no known format; {', '.join(_FORMATS)} are, and "
+            "folders of one of them or of images"
+        )
+    return _FORMATS[found.suffix](found, limits)
+
+
+def _folder(found: Place, limits: Limits) -> Reader:
+    """The files of a known format, all of one; images where there are none."""
+    names = sorted(n for n in found.names() if n[0] not in "._")
+    tables = [found.child(name) for name in names]
+    tables = [table for table in tables if table.suffix in _FORMATS]
+    if not tables:
+        return ImageFolder(found, limits)
+    suffixes = sorted({table.suffix for table in tables})
+    if len(suffixes) > 1:
+        raise ValueError(f"{found} holds files {suffixes}, of one format are wanted")
+    return Several(tables, lambda table: _file(table, limits))
 
 
 def _columns(
     columns: Sequence[str] | Mapping[str, str] | None, reader: Reader, where: str
 ) -> dict[str, str]:
-    names = reader.names
     if isinstance(columns, str):
         raise ValueError(f"`columns` are several names, got the text {columns!r}")
     if columns is None:
-        chosen = {name: name for name in INPUTS if names is None or name in names}
-        if not chosen:
+        columns = [name for name in INPUTS if name in reader.names]
+        if not columns:
             raise ValueError(
                 f"{where} has none of the columns {list(INPUTS)}, it has "
-                f"{list(names or ())}; pass `columns`"
+                f"{list(reader.names)}; pass `columns`"
             )
-        return chosen
-    pairs = (
-        columns if isinstance(columns, Mapping) else {name: name for name in columns}
-    )
-    missing = [n for n in pairs.values() if names is not None and n not in names]
-    if missing or not pairs:
+    if not isinstance(columns, Mapping):
+        columns = {name: name for name in columns}
+    missing = [name for name in columns.values() if name not in reader.names]
+    if missing or not columns:
         raise ValueError(
-            f"{where} has no column {missing}, it has {list(names or ())}"
+            f"{where} has no column {missing}, it has {list(reader.names)}"
             if missing
             else "`columns` names none"
         )
-    return dict(pairs)
+    return dict(columns)
 
 
 def _beside(
-    what: str,
-    column: str | None,
-    default: str,
-    names: tuple[str, ...] | None,
-    where: str,
+    what: str, column: str | None, default: str, names: Sequence[str], where: str
 ) -> str | None:
-    """A column that may be missing if it is the default's."""
-    if column is None or names is None or column in names:
+    """A column that may be missing where it is the default."""
+    if column is None or column in names:
         return column
     if column == default:
         return None
-    raise ValueError(f"{where} has no column {column!r} for `{what}`, it has {names}")
+    raise ValueError(
+        f"{where} has no column {column!r} for `{what}`, it has {list(names)}"
+    )

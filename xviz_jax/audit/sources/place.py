@@ -70,6 +70,20 @@ class Place:
             return Path(self.path).open("rb")
         return io.BufferedReader(self.system.open_input_file(self.path), _BLOCK)
 
+    def native(self) -> Any:
+        """The file as pyarrow reads it best."""
+        return (
+            self.path if self.system is None else self.system.open_input_file(self.path)
+        )
+
+    def names(self) -> list[str]:
+        """What lies in the folder, in no order."""
+        if self.system is None:
+            return [path.name for path in Path(self.path).iterdir()]
+        fs = require("pyarrow.fs", "an object store")
+        found = self.system.get_file_info(fs.FileSelector(self.path))
+        return [info.base_name for info in found]
+
     def child(self, name: str) -> "Place":
         """What lies in this folder under a name of the listing."""
         return Place(f"{self.path.rstrip('/')}/{name}", self.system)
@@ -86,6 +100,7 @@ class Place:
 
         Raises:
           BadRecord: If it leads elsewhere, is missing or has more than `most` bytes.
+          OSError: If the storage failed.
         """
         parts = PurePosixPath(name).parts
         strange = not parts or ".." in parts or name[0] in "/\\" or "\0" in name
@@ -97,8 +112,8 @@ class Place:
         try:
             with place.open() as file:
                 found = file.read(most + 1)
-        except OSError as error:
-            raise BadRecord("UNREADABLE", f"{name!r:.200}: {error}") from None
+        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+            raise BadRecord("UNREADABLE", f"{name!r:.200}: {error.strerror}") from None
         if len(found) > most:
             raise BadRecord("TOO_LARGE", f"{name!r:.200} is above {most} bytes")
         return found
@@ -109,7 +124,7 @@ def _within(folder: Path, path: Path, name: str) -> Place:
     try:
         resolved = path.resolve(strict=True)
         regular = stat.S_ISREG(resolved.stat().st_mode)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise BadRecord("UNREADABLE", f"{name!r:.200}: {error}") from None
     if not resolved.is_relative_to(folder.resolve()):
         raise BadRecord("UNSAFE_PATH", f"{name!r:.200} links out of the folder")

@@ -32,7 +32,7 @@ REASONS = {
 }
 
 
-class BadRecord(ValueError):
+class BadRecord(Exception):
     """One record cannot be used; the others can.
 
     Attributes:
@@ -64,7 +64,7 @@ class Record:
     """
 
     id: str
-    columns: Mapping[str, np.ndarray | str]
+    columns: Mapping[str, Any]
     label: int | float | str | None = None
 
 
@@ -79,7 +79,7 @@ class Limits:
     """
 
     pixels: int = 64 * 2**20
-    bytes: int = 256 * 2**20
+    bytes: int = 64 * 2**20
     depth: int = 64
 
 
@@ -89,15 +89,21 @@ class Reader(abc.ABC):
     It is pickled without its handles, and may be read by several threads.
 
     Attributes:
-      names: The columns there are; None where each record has its own.
-      kinds: Of columns that are arrays of one kind throughout: dtype and the shape of
-        a row.
+      names: The columns there are.
+      kinds: Of columns that hold one kind of values: dtype, and the shape of a row
+        where it is the same in all.
       folder: Where names of files in the data are looked up; None where they are not.
+      loose: Numbers were written as text, so 1 may stand for 1.0.
+      classes: What integer labels stand for, where the data says it.
+      textual: Every value is a text, also what stands for numbers.
     """
 
-    names: tuple[str, ...] | None = None
-    kinds: Mapping[str, tuple[np.dtype, tuple[int, ...]]] = MappingProxyType({})
+    names: tuple[str, ...] = ()
+    kinds: Mapping[str, tuple[np.dtype, tuple[int, ...] | None]] = MappingProxyType({})
     folder: "Place | None" = None
+    classes: tuple[str, ...] = ()
+    loose = False
+    textual = False
 
     def __init__(self):
         """Has no handles yet."""
@@ -111,6 +117,10 @@ class Reader(abc.ABC):
         """Has no handles yet."""
         self.handles = threading.local()
         vars(self).update(state)
+
+    def close(self) -> None:
+        """Closes this thread's handles; the next read opens them again."""
+        vars(self.handles).clear()
 
     @abc.abstractmethod
     def __len__(self) -> int:

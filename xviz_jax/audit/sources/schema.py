@@ -55,31 +55,31 @@ class Column:
                 f"{self.min_length}"
             )
 
-    def check_kind(self, dtype: np.dtype, shape: tuple[int, ...]) -> None:
-        """Refuses a whole column by its dtype and the shape of its rows.
+    def check_kind(self, dtype: np.dtype, shape: tuple[int, ...] | None) -> None:
+        """Refuses a whole column by its dtype and the shape of its rows, if known.
 
         Raises:
           ValueError: With what was got and wanted.
         """
         if not _convertible(dtype, self.dtype):
             raise ValueError(f"holds {dtype}, {self.dtype} is wanted")
-        if not _fits(shape, self.shape):
+        if shape is not None and not _fits(shape, self.shape):
             raise ValueError(f"has rows {list(shape)}, {_spell(self.shape)} are wanted")
 
-    def check(self, name: str, value: Any, *, parsed: bool) -> np.ndarray | str:
-        """The value as wanted.
+    def check(self, name: str, value: Any, *, loose: bool) -> Any:
+        """The value as wanted: a text or an array.
 
         Args:
           name: Of the column, for the error.
           value: A text, an array, a number or nested lists of numbers.
-          parsed: From a text format, where an integer may stand for a float.
+          loose: From a text format, where an integer may stand for a float.
 
         Raises:
           BadRecord: If it is not as wanted.
         """
         if isinstance(value, str) or self.dtype == "text":
             return self._text(name, value)
-        array = self._converted(name, _array(name, value), parsed)
+        array = self._converted(name, _array(name, value), loose)
         if not _fits(array.shape, self.shape):
             raise BadRecord(
                 "WRONG_SHAPE",
@@ -118,10 +118,10 @@ class Column:
                 f"{name!r} has length {length}, {self.max_length} is the most",
             )
 
-    def _converted(self, name: str, array: np.ndarray, parsed: bool) -> np.ndarray:
+    def _converted(self, name: str, array: np.ndarray, loose: bool) -> np.ndarray:
         dtype = np.dtype(self.dtype) if self.dtype else array.dtype
         known = _convertible(array.dtype, self.dtype) or array.size == 0
-        as_float = parsed and dtype.kind == "f" and array.dtype.kind in "iu"
+        as_float = loose and dtype.kind == "f" and array.dtype.kind in "iu"
         if not known and not as_float:
             raise BadRecord(
                 "WRONG_DTYPE", f"{name!r} is {array.dtype}, {self.dtype} is wanted"
@@ -152,6 +152,8 @@ class Column:
                 )
 
 
+# What a column holds where the schema says nothing.
+DEFAULTS = {"image": Column(decode="image"), "text": Column(dtype="text")}
 ANY = Column()
 
 
@@ -170,8 +172,10 @@ def _array(name: str, value: Any) -> np.ndarray:
 
 def _convertible(stored: np.dtype, wanted: str | None) -> bool:
     """Whether numbers keep their meaning: integers stay integers, floats floats."""
-    if wanted is None or wanted == "text":
-        return wanted is None or stored.kind in "US"
+    if wanted is None:
+        return True
+    if wanted == "text":
+        return stored.kind in "US"
     kinds = {"i": "iu", "u": "iu"}
     kind = np.dtype(wanted).kind
     return stored.kind in kinds.get(kind, kind)

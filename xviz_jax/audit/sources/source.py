@@ -3,14 +3,17 @@
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from xviz_jax.audit.sources import ids, pixels
+from xviz_jax.audit.sources import ids, json_text, pixels
 from xviz_jax.audit.sources.record import BadRecord, Limits, Reader, Record
-from xviz_jax.audit.sources.schema import ANY, Column
+from xviz_jax.audit.sources.schema import ANY, DEFAULTS, Column
+
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,11 +50,12 @@ class Source:
 
         Raises:
           BadRecord: If the record cannot be used; it knows its id.
+          OSError: If the storage failed. That is no fault of the record's: try again.
           IndexError: If there is no such row.
         """
         if not 0 <= row < len(self):
             raise IndexError(f"there are {len(self)} records, got {row}")
-        name = str(row)
+        name = None
         try:
             raw = self.reader.read(row, self._wanted())
             name = self.names.of(row, raw)
@@ -60,6 +64,8 @@ class Source:
                 found = self._prepared(found)
             return Record(name, found, self._label(raw))
         except BadRecord as error:
+            if name is None:
+                name = self.names.of_bad(row, self.reader)
             raise BadRecord(error.reason, error.message, name) from error
 
     def rows(self, begin: int, end: int) -> Iterator[Record | BadRecord]:
@@ -68,7 +74,13 @@ class Source:
             try:
                 yield self[row]
             except BadRecord as error:
-                yield error
+                # Without the frames, which hold the record.
+                yield BadRecord(*error.args)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """What integer labels stand for, where the data says it: subfolders' names."""
+        return self.reader.classes
 
     def fingerprint(self) -> str:
         """The sha256 of what the records are: the same data, columns and checks.
@@ -79,7 +91,7 @@ class Source:
         said = {
             "columns": dict(self.columns),
             "data": self.reader.identity(),
-            "ids": self.names.policy(),
+            "ids": self.names.identity(),
             "label": self.label,
             "limits": dataclasses.asdict(self.limits),
             "prepare": _qualified(self.prepare),
@@ -92,14 +104,17 @@ class Source:
         beside = [name for name in (self.names.column, self.label) if name is not None]
         return tuple(dict.fromkeys([*self.columns.values(), *beside]))
 
-    def _value(self, ours: str, raw: Mapping[str, Any]) -> np.ndarray | str:
-        theirs, column = self.columns[ours], self.schema.get(ours, ANY)
+    def _value(self, ours: str, raw: Mapping[str, Any]) -> Any:
+        theirs = self.columns[ours]
+        column = self.schema.get(ours) or DEFAULTS.get(ours, ANY)
         value = raw.get(theirs)
         if value is None:
             raise BadRecord("MISSING", f"{theirs!r} has no value")
         if pixels.encoded(value) or column.decode == "image":
             value = pixels.decode(value, self.limits, self.reader.folder)
-        return column.check(ours, value, parsed=theirs not in self.reader.kinds)
+        elif self.reader.textual and column.dtype != "text" and isinstance(value, str):
+            value = json_text.numbers(value, self.limits, column.shape == ())
+        return column.check(ours, value, loose=self.reader.loose)
 
     def _prepared(self, found: dict[str, Any]) -> dict[str, Any]:
         assert self.prepare is not None
@@ -114,6 +129,8 @@ class Source:
         value = raw.get(self.label) if self.label is not None else None
         if isinstance(value, np.ndarray | np.generic) and value.ndim == 0:
             value = value.item()
+        if self.reader.textual and isinstance(value, str) and _INTEGER.fullmatch(value):
+            return int(value)
         if value is not None and not isinstance(value, int | float | str):
             raise BadRecord(
                 "WRONG_DTYPE",
