@@ -14,6 +14,7 @@ NAMES = [
     "tracing",
     "attention_rows",
     "loading",
+    "audit",
     "gpu",
     "tune_kernels",
 ]

@@ -24,12 +24,12 @@ def run(out, **options):
     return audit.run(out, **{**given, **options})
 
 
-def start(out, failpoint="", **options):
+def start(out, failpoint="", cache=CACHE, **options):
     """The same in a process of its own."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
-        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "XVIZ_FAILPOINT": failpoint,

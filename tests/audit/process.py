@@ -3,12 +3,8 @@
 import json
 import sys
 
-import jax
-
 from tests.audit import tiny
 from xviz_jax.audit import command
-
-jax.config.update("jax_num_cpu_devices", 1)
 
 
 def main():

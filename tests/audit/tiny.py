@@ -21,10 +21,10 @@ def dense(x):
 
 
 def _forward(weights, x):
-    return jax.nn.softmax(jnp.tanh(weights @ x) * 3)
+    return jax.nn.softmax(jnp.tanh(jnp.asarray(weights) @ x) * 3)
 
 
-MODEL = Model(forward=_forward, parameters=jnp.asarray(WEIGHTS))
+MODEL = Model(forward=_forward, parameters=WEIGHTS)
 
 
 def steps(x):
@@ -134,6 +134,9 @@ class Records:
         elif fault is not None:
             raise BadRecord(fault, "as the test wants it", f"r{number}")
         return Record(f"r{number}", {"x": x}, number % 4)
+
+    def id_of(self, index):
+        return f"r{index if self.order is None else self.order[index]}"
 
     def fingerprint(self):
         # Faults of a process are not faults of the data.

@@ -20,7 +20,7 @@ from xviz_jax.audit.worker import Worker
 _POLL = 0.1
 # Seconds for a process to be gone that has closed its pipe.
 _LAST = 10.0
-# Seconds for a process to start, before it looks at a record.
+# Seconds for a process to start, and to compile.
 _PATIENCE = 120.0
 # Records at the beginning of the data that a first look goes round.
 _FARTHEST = 1000
@@ -101,14 +101,26 @@ class Isolated:
 
     def compute(self, begin: int, end: int, deadline: float | None = None) -> Result:
         """Explains a range; records that end the process are set aside."""
+        if self._process is None:
+            # To compile is not the records' fault.
+            started = None if deadline is None else deadline + _PATIENCE
+            self.call("memory", deadline=started)
         try:
             return self.call("compute", begin, end, deadline=deadline)
         except Lost as lost:
             if end - begin == 1:
-                return self.call("refuse", begin, lost.reason, str(lost))
+                return self._refuse(begin, lost, deadline)
             middle = (begin + end) // 2
             first = self.compute(begin, middle, deadline)
             return first.joined(self.compute(middle, end, deadline))
+
+    def _refuse(self, index: int, lost: Lost, deadline: float | None) -> Result:
+        said = index, lost.reason, str(lost)
+        patience = _PATIENCE + (deadline or 0.0)
+        with contextlib.suppress(Lost):
+            return self.call("refuse", *said, deadline=patience)
+        # Not even its name can be read: it is called by its number.
+        return self.call("refuse", *said, str(index), deadline=patience)
 
     def close(self) -> None:
         """Ends the process."""

@@ -75,7 +75,7 @@ class Model:
             raise BadRecord("MISSING", f"there is no column {missing}", record.id)
         for name, column in (self.schema or {}).items():
             if name in given:
-                given[name] = column.check(name, given[name], parsed=False)
+                given[name] = column.check(name, given[name], loose=False)
         if self.read is None:
             args = tuple(plain(name, value) for name, value in given.items())
         else:

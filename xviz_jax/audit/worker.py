@@ -15,7 +15,7 @@ from xviz_jax.audit.job import Job, numerics
 from xviz_jax.audit.model import find, hashed
 from xviz_jax.audit.programs import Programs, row_of, stacked
 from xviz_jax.audit.shard import Result
-from xviz_jax.audit.sources import BadRecord, open_source
+from xviz_jax.audit.sources import BadRecord, Source, open_source
 from xviz_jax.audit.stopping import Preempted
 
 # Records of a shard: what a fault may cost, and what a file may weigh.
@@ -161,9 +161,12 @@ class Worker:
         bad = [each for each in found if isinstance(each, rows.Quarantined)]
         return Result(rows.table(good, self.diagnostics), rows.quarantine(bad))
 
-    def refuse(self, index: int, reason: str, message: str) -> Result:
-        """A record that a process did not survive."""
-        bad = [rows.Quarantined(index, self._name(index), reason, message)]
+    def refuse(
+        self, index: int, reason: str, message: str, name: str | None = None
+    ) -> Result:
+        """A record that a process did not survive; only its name is read."""
+        name = self._name(index) if name is None else name
+        bad = [rows.Quarantined(index, name, reason, message)]
         return Result(rows.table([], self.diagnostics), rows.quarantine(bad))
 
     def memory(self) -> int:
@@ -179,10 +182,13 @@ class Worker:
         return dict(collections.Counter(keys))
 
     def _name(self, index: int) -> str:
-        try:
-            return _name(self.source[index].id)
-        except BadRecord as error:
-            return error.id or str(index)
+        """A record's id, without the rest of it where the source can do that."""
+        source = self.source
+        if hasattr(source, "id_of"):
+            return source.id_of(index)
+        if not isinstance(source, Source):
+            return str(index)
+        return source.names.of_bad(index, source.reader)
 
     def _read(self, index: int) -> _Prepared | rows.Quarantined:
         name = str(index)
