@@ -66,7 +66,8 @@ def main(given: Mapping[str, Any]) -> int:
             f"explained, {summary.unconverged:,} of them unconverged, "
             f"{summary.quarantined:,} quarantined {summary.reasons or ''}; "
             f"{summary.computed} of {summary.shards} shards in {summary.seconds:,.1f} s"
-        )
+        ),
+        soft_wrap=True,
     )
     for note in (summary.why, *summary.notes):
         if note:

@@ -93,15 +93,26 @@ class Model:
         self, args: tuple[np.ndarray, ...], name: str
     ) -> tuple[tuple[np.ndarray, ...], int]:
         assert self.buckets is not None
-        record = Record(name, {self.buckets.column: args[0]})
-        columns, mask = self.buckets.padded(record)
-        tokens, length = columns[self.buckets.column], self.buckets.length_of(record)
-        more = len(mask) - length
-        rest = [
-            np.concatenate([each[:length], np.full(more, fill, each.dtype)])
-            for each, fill in zip(args[1:], self.pads, strict=True)
-        ]
-        return (np.asarray(tokens), mask, *rest), length
+        tokens, pad = args[0], self.buckets.pad
+        record = Record(name, {self.buckets.column: tokens})
+        if self.read is None:
+            length = self.buckets.length_of(record)
+            bucket = self.buckets.bucket_of(record)
+        else:
+            # A tokenizer adds no padding: the last token is one, whichever it is.
+            length = len(tokens)
+            fits = [each for each in self.buckets.all() if each >= length]
+            if not fits:
+                longest = self.buckets.all()[-1]
+                raise BadRecord(
+                    "TOO_LONG", f"{length} tokens, the longest bucket is {longest}"
+                )
+            bucket = fits[0]
+        fill = lambda each, value: np.concatenate(
+            [each[:length], np.full(bucket - length, value, each.dtype)]
+        )
+        rest = [fill(*pair) for pair in zip(args[1:], self.pads, strict=True)]
+        return (fill(tokens, pad), np.arange(bucket) < length, *rest), length
 
 
 def plain(name: str, value: Any) -> np.ndarray:
@@ -272,7 +283,7 @@ def _of_checkpoint(path: Path, buckets: Buckets | None, split: bool) -> Model:
         return (encoding.ids, encoding.segments) if pairs else (encoding.ids,)
 
     # A path starts where the words are padding and what frames them stays.
-    frame = words(" ").ids.tolist()
+    frame = words.tokenizer.encode("").ids
     return Model(
         forward=forward,
         parameters=parameters,
