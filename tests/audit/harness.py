@@ -54,8 +54,7 @@ def ended(process, timeout=120):
 def read(out, name="shards"):
     """All rows in the order of the files."""
     files = sorted((Path(out) / name).glob("*.parquet"))
-    tables = [pq.read_table(file, partitioning=None) for file in files]
-    return pa.concat_tables(tables) if tables else None
+    return pa.concat_tables([pq.ParquetFile(file).read() for file in files])
 
 
 def bits(out):
@@ -70,9 +69,9 @@ def bits(out):
 
 def quarantined(out):
     """Reasons by id."""
-    table = read(out, "quarantine")
-    if table is None:
+    if not [*(Path(out) / "quarantine").iterdir()]:
         return {}
+    table = read(out, "quarantine")
     ids = table.column("id").to_pylist()
     assert len(ids) == len(set(ids))
     return dict(zip(ids, table.column("reason").to_pylist(), strict=True))

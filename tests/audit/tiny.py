@@ -99,7 +99,7 @@ class Records:
     `once` kills the first such process only, and `slow` takes a while.
     """
 
-    def __init__(self, count=40, faults=None, order=None, note=None, pause=0.0):
+    def __init__(self, count=40, faults=None, order=None, note="", pause=0.0):
         self.count, self.faults = count, faults or {}
         self.order, self.note, self.pause = order, note, pause
 
