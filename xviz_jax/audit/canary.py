@@ -1,6 +1,7 @@
 """Is a row the same bits wherever it is computed? Three rows tell, at the start."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +23,13 @@ class Verdict:
     notes: tuple[str, ...] = ()
 
 
-def prove(programs: Programs, batch: Any, key: str, microbatch: int) -> Verdict:
+def prove(
+    programs: Programs,
+    batch: Any,
+    key: str,
+    microbatch: int,
+    check: Callable[[int], Any] | None = None,
+) -> Verdict:
     """Explains the same rows again, alone, in another order, and on each device.
 
     Args:
@@ -30,6 +37,7 @@ def prove(programs: Programs, batch: Any, key: str, microbatch: int) -> Verdict:
       batch: A few rows of one shape.
       key: Names it.
       microbatch: Rows computed at once.
+      check: Called between microbatches; what it raises ends the call.
 
     Returns:
       The verdict: a run whose rows depend on more than their record is not
@@ -43,7 +51,7 @@ def prove(programs: Programs, batch: Any, key: str, microbatch: int) -> Verdict:
 
     def run(order: Any, device: int = 0) -> list[dict[str, bytes]]:
         predicted, found = programs.run(
-            pick(order), key, microbatch, in_flight=1, device=device
+            pick(order), key, microbatch, in_flight=1, device=device, check=check
         )
         answers = {PREDICT: predicted, **found}
         return [

@@ -1,4 +1,4 @@
-"""Places where a test makes the process die, hang or fail.
+"""Places where a test makes the process die, stop or fail.
 
 `XVIZ_FAILPOINT=before_rename` kills the process there; `after_tmp@3:full` makes the
 third write run out of space. Several are separated by commas. Without the variable,
@@ -8,7 +8,6 @@ which no user sets, a place costs one look-up.
 import errno
 import os
 import signal
-import time
 
 VARIABLE = "XVIZ_FAILPOINT"
 
@@ -37,10 +36,6 @@ def _act(action: str, name: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     elif action == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
-    elif action == "term":
-        os.kill(os.getpid(), signal.SIGTERM)
-    elif action == "hang":
-        time.sleep(3600)
     elif action in ("full", "eio"):
         number = errno.ENOSPC if action == "full" else errno.EIO
         raise OSError(number, f"{os.strerror(number)} (failpoint)", name)

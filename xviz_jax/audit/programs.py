@@ -38,6 +38,7 @@ class Programs:
             name: explainers.make(name, options, model, question)
             for name, options in methods.items()
         }
+        self._classes: bool | None = None
         self._predict = explainers.predict(model, question)
         if model.mesh is not None:
             self.devices: list[Any] = [replicated(model.mesh)]
@@ -82,10 +83,11 @@ class Programs:
         """Whether the explained class is the predicted one."""
         if self.question.target is not None or TARGET in row:
             return False
-        logits = jax.eval_shape(
-            self.model.forward, self.model.parameters, *row[ARGUMENTS]
-        )
-        return logits.ndim > 0
+        if self._classes is None:
+            arguments = (self.model.parameters, *row[ARGUMENTS])
+            logits = jax.eval_shape(self.model.forward, *arguments)
+            self._classes = logits.ndim > 0
+        return self._classes
 
     def run(
         self,

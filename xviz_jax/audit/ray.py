@@ -126,10 +126,12 @@ class Cluster:
         waiting = collections.deque(_Part(n, *ranges[n]) for n in sorted(ranges))
         parts: dict[int, list[tuple[int, Result]]] = collections.defaultdict(list)
         busy: dict[Any, tuple[_Part, int, float]] = {}
-        free = [n for _ in range(_AHEAD) for n in range(len(self._actors))]
         while waiting or busy:
-            while waiting and free:
-                part, actor = waiting.popleft(), free.pop(0)
+            while waiting:
+                actor = self._idle(busy, waiting[0])
+                if actor is None:
+                    break
+                part = waiting.popleft()
                 call = self._actors[actor].call.remote(part.method, *part.arguments)
                 busy[call] = part, actor, time.monotonic()
             done, _ = self._ray.wait([*busy], num_returns=1, timeout=_POLL)
@@ -137,11 +139,9 @@ class Cluster:
             for late in [] if done else self._late(busy):
                 part, actor, _ = busy.pop(late)
                 self._ray.kill(self._actors[actor], no_restart=False)
-                free.append(actor)
                 waiting.extendleft(part.smaller(TIMEOUT, "no answer in time"))
             for reference in done:
-                part, actor, _ = busy.pop(reference)
-                free.append(actor)
+                part, _, _ = busy.pop(reference)
                 try:
                     result = self._ray.get(reference)
                 except self._ray.exceptions.RayActorError as error:
@@ -154,6 +154,21 @@ class Cluster:
                 begin, end = ranges[part.number]
                 if sum(_records(each) for _, each in found) == end - begin:
                     yield part.number, _joined(parts.pop(part.number))
+
+    def _idle(
+        self, busy: Mapping[Any, tuple["_Part", int, float]], part: "_Part"
+    ) -> int | None:
+        """A worker for a part. A suspected one has it alone: no other may suffer."""
+        work: dict[int, list[_Part]] = {n: [] for n in range(len(self._actors))}
+        for other, actor, _ in busy.values():
+            work[actor].append(other)
+        for actor in sorted(work, key=lambda n: len(work[n])):
+            held = work[actor]
+            if not held or (
+                len(held) < _AHEAD and not part.suspect and not held[0].suspect
+            ):
+                return actor
+        return None
 
     def close(self) -> None:
         """Ends the workers, and the cluster if it was started for them."""
@@ -203,7 +218,8 @@ class _Part:
     number: int
     begin: int
     end: int
-    refused: tuple[str, str] | None = None
+    suspect: bool = False
+    refused: tuple[str, ...] | None = None
 
     @property
     def method(self) -> str:
@@ -217,12 +233,20 @@ class _Part:
 
     def smaller(self, reason: str, message: str) -> list["_Part"]:
         """Its halves; or a single record, set aside."""
-        if self.end - self.begin == 1:
+        if self.refused is not None:
+            if len(self.refused) > 2:
+                raise RuntimeError(f"workers do not start any more: {message}")
+            # Not even its name can be read: it is called by its number.
+            named = (*self.refused, str(self.begin))
+            return [dataclasses.replace(self, refused=named)]
+        if self.end - self.begin == 1 and self.suspect:
             return [dataclasses.replace(self, refused=(reason, message))]
+        if self.end - self.begin == 1:
+            return [dataclasses.replace(self, suspect=True)]
         middle = (self.begin + self.end) // 2
         return [
-            dataclasses.replace(self, begin=middle),
-            dataclasses.replace(self, end=middle),
+            dataclasses.replace(self, begin=middle, suspect=True),
+            dataclasses.replace(self, end=middle, suspect=True),
         ]
 
 

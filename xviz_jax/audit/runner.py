@@ -100,7 +100,7 @@ class Runner:
         self._marks.end(START)
         return Opened(
             said,
-            worker.prove,
+            lambda: worker.prove(lambda count: self._stop.check()),
             worker.devices(),
             lambda ranges, meter: self._local(worker, isolated, ranges, meter),
             isolated.close,

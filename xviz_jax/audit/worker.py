@@ -116,8 +116,11 @@ class Worker:
             return [str(each) for each in self.model.mesh.devices.flat]
         return [str(each) for each in self.programs.devices]
 
-    def prove(self) -> canary.Verdict:
+    def prove(self, check: Callable[[int], Any] | None = None) -> canary.Verdict:
         """Whether rows are the same bits wherever, and beside whomever, they are.
+
+        Args:
+          check: Called between microbatches; what it raises ends the call.
 
         Raises:
           ValueError: If one and the same call gives two answers.
@@ -125,7 +128,7 @@ class Worker:
         first = self._examples[0]
         same = [each for each in self._examples if each.key == first.key]
         each = stacked([example.row for example in same])
-        return canary.prove(self.programs, each, first.key, self.microbatch)
+        return canary.prove(self.programs, each, first.key, self.microbatch, check)
 
     def read(self, begin: int, end: int) -> Batch:
         """Reads a range of records and sorts out those that cannot be explained."""
@@ -202,6 +205,12 @@ class Worker:
             return rows.Quarantined(
                 index, error.id or name, error.reason, error.message
             )
+        except (OSError, MemoryError):
+            # The disk or the network, and not the record.
+            raise
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            return rows.Quarantined(index, name, "UNREADABLE", said)
         query = self.model.query
         if length is not None and query < 0:
             query += length
