@@ -241,6 +241,45 @@ def test_parquet_that_stands_for_more_than_it_holds_is_refused(tmp_path):
     assert reason(open_source(path, limits=Limits(bytes=2**20))) == "TOO_LARGE"
 
 
+def damaged(good: bytes, seed: int) -> bytes:
+    """A file with a few bytes changed or missing, more often near its end."""
+    rng = np.random.default_rng(seed)
+    found = bytearray(good)
+    for _ in range(rng.integers(1, 4)):
+        near = len(found) - 1 - rng.integers(min(len(found), 1500))
+        place = rng.choice([near, rng.integers(len(found))])
+        if rng.integers(3):
+            found[place] = rng.choice([0, 127, 128, 255, found[place] ^ 1])
+        else:
+            del found[place : place + rng.integers(1, 9)]
+    return bytes(found)
+
+
+@pytest.mark.parametrize("name", [*writers.FORMATS, "folder"])
+def test_damaged_bytes_give_records_or_what_is_wrong_and_nothing_else(name, tmp_path):
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+        for kind in ("png", "jpeg", "gif", "tiff", "webp", "bmp"):
+            pixels = np.arange(12 * 12 * 3, dtype=np.uint8).reshape(12, 12, 3)
+            Image.fromarray(pixels).save(path / f"a.{kind}")
+        good = {file: file.read_bytes() for file in path.iterdir()}
+    else:
+        writers.FORMATS[name](path, writers.records(20))
+        good = {path: path.read_bytes()}
+    outcomes = set()
+    for seed in range(60):
+        for file, data in good.items():
+            file.write_bytes(damaged(data, seed))
+        try:
+            source = open_source(path, duplicates="number", limits=Limits(bytes=2**20))
+        except ValueError:
+            outcomes.add("refused")
+            continue
+        outcomes |= {type(one).__name__ for one in source.rows(0, min(len(source), 99))}
+    assert outcomes <= {"refused", "Record", "BadRecord"} and len(outcomes) > 1
+
+
 @pytest.mark.parametrize("text", [*corpus.TEXTS, corpus.HALF])
 def test_no_sink_obeys_a_text(text):
     shown = escape.terminal(text)

@@ -130,10 +130,10 @@ class _Handle:
             self.number, file = None, place.open()
         self.stream = zipfile.ZipFile(file).open(stream) if stream else file
 
-    def __del__(self):
+    def __del__(self, close=os.close):
         number = getattr(self, "number", None)
         if number is not None:
-            os.close(number)
+            close(number)
 
 
 def _members(
