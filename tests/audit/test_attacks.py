@@ -16,10 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image, PngImagePlugin
+from rich.console import Console
 
 from tests.audit import corpus, writers
 from xviz_jax import escape
 from xviz_jax.audit.sources import BadRecord, Limits, Record, open_source
+from xviz_jax.explain.show import plain
+from xviz_jax.plotting import text_attribution
 
 
 class Canary:
@@ -303,6 +306,22 @@ def test_no_sink_obeys_a_text(text):
     assert pq.read_table(held)["id"].to_pylist() == [escape.unicode(text)]
     name = escape.file_name(text)
     assert len(name) == 64 and name.isalnum() and name.isascii()
+
+
+def test_a_figure_and_a_terminal_draw_every_text_as_it_is():
+    texts = [*corpus.TEXTS, corpus.HALF]
+    axes = text_attribution(texts, np.linspace(-1, 1, len(texts)))
+    assert not any(text.get_parse_math() for text in axes.texts)
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.savefig(io.BytesIO(), format="png", dpi=20)
+    shown = Console(file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    for text in texts:
+        shown.print(plain(text))
+    assert isinstance(shown.file, io.StringIO)
+    written = shown.file.getvalue()
+    assert not {"\x1b", "\x9b", "\x07", "\u202e"} & set(written)
+    assert "[red]markup[/red]" in written
 
 
 def test_half_of_a_pair_is_refused_by_sources_and_replaced_by_sinks(tmp_path):
