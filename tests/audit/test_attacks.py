@@ -16,10 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image, PngImagePlugin
+from rich.console import Console
 
 from tests.audit import corpus, writers
 from xviz_jax import escape
 from xviz_jax.audit.sources import BadRecord, Limits, Record, open_source
+from xviz_jax.explain.show import plain
+from xviz_jax.plotting import text_attribution
 
 
 class Canary:
@@ -237,8 +240,49 @@ def test_parquet_that_stands_for_more_than_it_holds_is_refused(tmp_path):
     assert path.stat().st_size < 20_000
     assert reason(open_source(path, limits=Limits(bytes=2**20))) == "TOO_LARGE"
     assert len(open_source(path)[0].columns["x"]) == 10**6
+    # What the file itself declares is refused before it is read.
     pq.write_table(pa.table({"image": [bytes(2**21)]}), path)
-    assert reason(open_source(path, limits=Limits(bytes=2**20))) == "TOO_LARGE"
+    with pytest.raises(BadRecord, match=r"TOO_LARGE: [0-9]+ bytes a row"):
+        open_source(path, limits=Limits(bytes=2**20))[0]
+
+
+def damaged(good: bytes, seed: int) -> bytes:
+    """A file with a few bytes changed or missing, more often near its end."""
+    rng = np.random.default_rng(seed)
+    found = bytearray(good)
+    for _ in range(rng.integers(1, 4)):
+        near = len(found) - 1 - rng.integers(min(len(found), 1500))
+        place = rng.choice([near, rng.integers(len(found))])
+        if rng.integers(3):
+            found[place] = rng.choice([0, 127, 128, 255, found[place] ^ 1])
+        else:
+            del found[place : place + rng.integers(1, 9)]
+    return bytes(found)
+
+
+@pytest.mark.parametrize("name", [*writers.FORMATS, "folder"])
+def test_damaged_bytes_give_records_or_what_is_wrong_and_nothing_else(name, tmp_path):
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+        for kind in ("png", "jpeg", "gif", "tiff", "webp", "bmp"):
+            pixels = np.arange(12 * 12 * 3, dtype=np.uint8).reshape(12, 12, 3)
+            Image.fromarray(pixels).save(path / f"a.{kind}")
+        good = {file: file.read_bytes() for file in path.iterdir()}
+    else:
+        writers.FORMATS[name](path, writers.records(20))
+        good = {path: path.read_bytes()}
+    outcomes = set()
+    for seed in range(60):
+        for file, data in good.items():
+            file.write_bytes(damaged(data, seed))
+        try:
+            source = open_source(path, duplicates="number", limits=Limits(bytes=2**20))
+        except ValueError:
+            outcomes.add("refused")
+            continue
+        outcomes |= {type(one).__name__ for one in source.rows(0, min(len(source), 99))}
+    assert outcomes <= {"refused", "Record", "BadRecord"} and len(outcomes) > 1
 
 
 @pytest.mark.parametrize("text", [*corpus.TEXTS, corpus.HALF])
@@ -262,6 +306,22 @@ def test_no_sink_obeys_a_text(text):
     assert pq.read_table(held)["id"].to_pylist() == [escape.unicode(text)]
     name = escape.file_name(text)
     assert len(name) == 64 and name.isalnum() and name.isascii()
+
+
+def test_a_figure_and_a_terminal_draw_every_text_as_it_is():
+    texts = [*corpus.TEXTS, corpus.HALF]
+    axes = text_attribution(texts, np.linspace(-1, 1, len(texts)))
+    assert not any(text.get_parse_math() for text in axes.texts)
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.savefig(io.BytesIO(), format="png", dpi=20)
+    shown = Console(file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    for text in texts:
+        shown.print(plain(text))
+    assert isinstance(shown.file, io.StringIO)
+    written = shown.file.getvalue()
+    assert not {"\x1b", "\x9b", "\x07", "\u202e"} & set(written)
+    assert "[red]markup[/red]" in written
 
 
 def test_half_of_a_pair_is_refused_by_sources_and_replaced_by_sinks(tmp_path):

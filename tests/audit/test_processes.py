@@ -77,11 +77,12 @@ def test_killed_at_random(clean, tmp_path):
 @pytest.mark.soak
 def test_killed_thirty_times(tmp_path):
     """1."""
-    source = {"count": 4000, "pause": 0.002}
-    harness.run(tmp_path / "clean", data=tiny.Records(4000), shard_size=50)
+    source = {"count": 6000, "pause": 0.005}
+    harness.run(tmp_path / "clean", data=tiny.Records(6000), shard_size=50)
     out, options = tmp_path / "out", {"source": source, "shard_size": 50}
-    assert kill_at_random(out, 30, seed=2, longest=1.0, **options) >= 10
-    assert harness.run(out, data=tiny.Records(4000), shard_size=50).state == "complete"
+    assert kill_at_random(out, 30, seed=2, longest=0.8, **options) == 30
+    done = harness.run(out, data=tiny.Records(6000), shard_size=50)
+    assert done.state == "complete" and done.computed < 120
     harness.check(out, harness.bits(tmp_path / "clean"))
 
 

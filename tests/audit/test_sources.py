@@ -21,6 +21,7 @@ from tests.audit import writers
 from xviz_jax.audit.sources import BadRecord, Column, Limits, Record, open_source
 from xviz_jax.audit.sources.csv_rows import Csv
 from xviz_jax.audit.sources.place import place
+from xviz_jax.audit.sources.several import Several
 
 SCHEMA = {"tokens": Column(dtype="int32", shape=(6,), vocabulary=30)}
 
@@ -141,6 +142,11 @@ def test_a_folder_of_files_is_one_source(tmp_path):
     for row in order:
         assert equal(source[row], wanted()[row]) if row % 50 == 0 else source[row]
     assert equal(pickle.loads(pickle.dumps(source))[200], wanted()[200])
+    # Of many files, a thread holds one open.
+    assert isinstance(source.reader, Several)
+    assert [bool(vars(part.handles)) for part in source.reader.parts] == [
+        False, False, True, False
+    ]  # fmt: skip
     writers.parquet(tmp_path / "z.parquet", {"tokens": found["tokens"]})
     with pytest.raises(
         ValueError, match=r"z\.parquet has the columns \['tokens int32'"

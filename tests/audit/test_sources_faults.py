@@ -76,7 +76,12 @@ def test_numbers_keep_their_meaning():
     assert refused(int32, [[1], [2, 3]]) == "WRONG_SHAPE"
     assert refused(int32, ["1"]) == "WRONG_DTYPE"
     assert refused(int32, [{}]) == "WRONG_DTYPE"
-    assert refused(Column(dtype="text"), b"bytes") == "WRONG_DTYPE"
+    assert refused(Column(dtype="text"), 7) == "WRONG_DTYPE"
+    assert refused(Column(dtype="text"), b"\xff") == "BAD_UTF8"
+    assert refused(Column(vocabulary=9), np.array([1.5])) == "WRONG_DTYPE"
+    assert refused(Column(dtype="float32", vocabulary=9), [1, 9], loose=True) == (
+        "OUT_OF_VOCABULARY"
+    )
     assert refused(int32, "text") == "WRONG_DTYPE"
     # What becomes infinite in the wanted dtype is refused as well.
     for value in (np.nan, np.inf, 1e300):
@@ -131,6 +136,12 @@ def test_lines_are_refused_alone(tmp_path):
         "MISSING", "BAD_UTF8", "BAD_UTF8", "WRONG_DTYPE", "TOO_LONG", "TOO_LARGE",
         "TRUNCATED",
     ]  # fmt: skip
+    # What is kept of a bad record does not hold the record.
+    assert all(
+        found.__traceback__ is None and found.__context__ is None
+        for found in source.rows(1, len(source))
+        if isinstance(found, BadRecord)
+    )
     named = [found.id for found in source.rows(0, len(source))]
     assert named == ["a", "1", "2", "3", "4", "5", "g", "h", *map(str, range(8, 13))]
 
@@ -186,6 +197,22 @@ def test_half_a_surrogate_pair_in_an_array_of_texts():
     assert reasons(source) == ["", "BAD_UTF8"]
 
 
+def test_texts_of_bytes_are_texts(tmp_path):
+    texts = ["fine", "caf\u00e9"]
+    encoded = [text.encode() for text in texts]
+    np.savez(
+        tmp_path / "a.npz",
+        text=np.array([*encoded, b"\xff"]),
+        id=np.array([*encoded, b"c"]),
+    )
+    pq.write_table(pa.table({"text": [*encoded, b"\xff"]}), tmp_path / "a.parquet")
+    for name in ("a.npz", "a.parquet"):
+        source = open_source(tmp_path / name)
+        assert [source[row].columns["text"] for row in (0, 1)] == texts
+        assert reasons(source) == ["", "", "BAD_UTF8"]
+    assert open_source(tmp_path / "a.npz")[1].id == "caf\u00e9"
+
+
 def test_ids_are_unique(tmp_path):
     found = {"id": ["a", "b", "a", "", "a", "3"], "tokens": np.ones((6, 2), np.int32)}
     path = writers.jsonl(tmp_path / "a.jsonl", found)
@@ -209,6 +236,12 @@ def test_a_bad_record_keeps_its_own_id_even_where_ids_repeat(tmp_path):
     path = writers.jsonl(tmp_path / "a.jsonl", found)
     source = open_source(path, duplicates="number", schema=TOKENS)
     assert [one.id for one in source.rows(0, 2)] == ["a", "a#1"]
+    # A row whose id cannot be read has its number, which may be another's id.
+    path.write_text('{"id": "2", "tokens": [1]}\n{"id": "b", "tokens": [2]}\n{"cut\n')
+    with pytest.raises(ValueError, match=r"'2' \(row 2\), 1 rows in all"):
+        open_source(path)
+    source = open_source(path, duplicates="number")
+    assert [one.id for one in source.rows(0, 3)] == ["2", "b", "2#2"]
 
 
 def _wrong(path: Path) -> dict[str, str]:

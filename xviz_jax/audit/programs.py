@@ -87,7 +87,7 @@ class Programs:
             arguments = (self.model.parameters, *row[ARGUMENTS])
             logits = jax.eval_shape(self.model.forward, *arguments)
             self._classes = logits.ndim > 0
-        return self._classes
+        return bool(self._classes)
 
     def run(
         self,

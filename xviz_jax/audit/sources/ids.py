@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from xviz_jax.audit.sources.record import BadRecord, Reader
+from xviz_jax.audit.sources.schema import utf8
 
 _LONGEST = 1024
 _DIGEST = 16
@@ -56,8 +57,8 @@ class Ids:
         return self._unique(row, _look(reader, row, self.column)[0])
 
     def _unique(self, row: int, name: str) -> str:
-        first = self.first and self.first.get(_digest(name), row)
-        return name if not self.first or first == row else renamed(name, row)
+        again = self.first and self.first.get(_digest(name), row) != row
+        return renamed(name, row) if again else name
 
     def identity(self) -> list[str | None]:
         """What the fingerprint holds."""
@@ -75,12 +76,8 @@ def own(row: int, raw: Mapping[str, Any], column: str | None) -> str:
         value = value.item()
     if value is None or value in ("", b""):
         return str(row)
-    try:
-        value = value.decode() if isinstance(value, bytes) else value
-        if isinstance(value, str):
-            value.encode()
-    except UnicodeError as error:
-        raise BadRecord("BAD_UTF8", f"id {column!r}: {error}") from None
+    if isinstance(value, bytes | str):
+        value = utf8(f"id {column}", value)
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise BadRecord(
             "WRONG_DTYPE",
@@ -120,22 +117,31 @@ def resolve(reader: Reader, column: str | None, duplicates: Duplicates) -> Ids:
         twice = set(digests[1:][digests[1:] == digests[:-1]].tolist())
         if not twice:
             return Ids(column, duplicates, {}, 0, missing, content.hexdigest())
-        first, later = _first(reader, column, twice)
-        if duplicates == "refuse":
-            shown = [f"{name!r:.60} (row {row})" for row, name in later[:_SHOWN]]
-            raise ValueError(
-                f"ids of column {column!r} occur twice: {', '.join(shown)}, "
-                f"{len(later)} rows in all; ids are unique, or pass "
-                "`duplicates='number'`"
-            )
-        for row, name in later:
-            place = np.searchsorted(digests, _digest(renamed(name, row)))
-            if place < len(digests) and digests[place] == _digest(renamed(name, row)):
+        first, shown, repeated = {}, [], 0
+        for row in range(len(reader)):
+            name, _ = _look(reader, row, column)
+            digest = _digest(name)
+            if digest not in twice or first.setdefault(digest, row) == row:
+                continue
+            repeated += 1
+            if duplicates == "refuse":
+                shown += [f"{name!r:.60} (row {row})"] if repeated <= _SHOWN else []
+            elif _holds(digests, _digest(renamed(name, row))):
                 raise ValueError(
                     f"the repeated id {name!r:.60} of row {row} would be named as "
                     "another record is; pass `id=None` to name records by their row"
                 )
-    return Ids(column, duplicates, first, len(later), missing, content.hexdigest())
+        if duplicates == "refuse":
+            raise ValueError(
+                f"ids of column {column!r} occur twice: {', '.join(shown)}, {repeated} "
+                "rows in all; ids are unique, or pass `duplicates='number'`"
+            )
+    return Ids(column, duplicates, first, repeated, missing, content.hexdigest())
+
+
+def _holds(digests: np.ndarray, digest: bytes) -> bool:
+    place = int(np.searchsorted(digests, digest))
+    return place < len(digests) and digests[place] == digest
 
 
 def _look(reader: Reader, row: int, column: str | None) -> tuple[str, bool]:
@@ -147,19 +153,6 @@ def _look(reader: Reader, row: int, column: str | None) -> tuple[str, bool]:
         return own(row, raw, column), raw.get(column) in (None, "", b"")
     except BadRecord:
         return str(row), False
-
-
-def _first(
-    reader: Reader, column: str, twice: set[bytes]
-) -> tuple[dict[bytes, int], list[tuple[int, str]]]:
-    """Of each repeated id its first row, and the rows and ids that repeat it."""
-    first, later = {}, []
-    for row in range(len(reader)):
-        name, _ = _look(reader, row, column)
-        digest = _digest(name)
-        if digest in twice and first.setdefault(digest, row) != row:
-            later.append((row, name))
-    return first, later
 
 
 def _digest(name: str) -> bytes:

@@ -104,11 +104,11 @@ class Lines(Reader):
         with self.place.open() as file:
             file.seek(self.begins[block])
             for record, _ in self._records(file):
-                if left and (record is None or record.strip()):
+                if record is None or record.strip():
                     yield record
                     left -= 1
-                if not left:
-                    return
+                    if not left:
+                        return
         raise BadRecord("TRUNCATED", f"{self.place.name} is shorter than at opening")
 
     def _records(

@@ -19,7 +19,7 @@ from numpy.lib import format as npy
 
 from xviz_jax.audit.sources.place import Place
 from xviz_jax.audit.sources.record import BadRecord, Limits, Reader
-from xviz_jax.audit.sources.schema import row_bytes
+from xviz_jax.audit.sources.schema import row_bytes, utf8
 
 _LOCAL_HEADER = 30
 _ONE = "x"
@@ -105,9 +105,10 @@ class Npz(Reader):
         if member.dtype.kind not in "US" or value.ndim:
             return value
         try:
-            return value.item()
-        except (UnicodeError, ValueError) as error:
+            text = value.item()
+        except ValueError as error:
             raise BadRecord("BAD_UTF8", f"{name!r}: {error}") from None
+        return utf8(name, text)
 
     def _opened(self, stream: str) -> Any:
         """This thread's handle of the file, or of a compressed member."""
@@ -130,10 +131,10 @@ class _Handle:
             self.number, file = None, place.open()
         self.stream = zipfile.ZipFile(file).open(stream) if stream else file
 
-    def __del__(self):
+    def __del__(self, close=os.close):
         number = getattr(self, "number", None)
         if number is not None:
-            os.close(number)
+            close(number)
 
 
 def _members(

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from xviz_jax.audit.sources.record import BadRecord, Reader, Record
+from xviz_jax.audit.sources.schema import utf8
 
 # So many elements are asked which columns there are.
 _ASKED = 8
@@ -117,7 +118,7 @@ class Arrays(Reader):
         """One row of each array."""
         found = {name: self.arrays[name][row] for name in names if name in self.arrays}
         return {
-            name: value.item() if isinstance(value, np.str_ | np.bytes_) else value
+            name: utf8(name, value.item()) if value.dtype.kind in "US" else value
             for name, value in found.items()
         }
 

@@ -2,10 +2,14 @@
 
 Records in order cost one pass over the file; a record out of order costs up to its
 row group. Checksums of pages are verified where the file has them.
+
+A value that is many equal numbers takes little place in a file, and pyarrow makes it
+whole: it is refused once it is there. The sizes of columns, which could tell before,
+are not looked at: pyarrow ends the process where a damaged file's contradict each
+other. Explain Parquet of strangers in workers that may die.
 """
 
 import hashlib
-import os
 from typing import Any
 
 import numpy as np
@@ -14,12 +18,10 @@ from xviz_jax.audit.extra import require
 from xviz_jax.audit.sources.place import Place
 from xviz_jax.audit.sources.record import BadRecord, Limits, Reader
 
-_ROWS, _BYTES = 1024, 16 * 2**20
+_ROWS, _BYTES = 256, 16 * 2**20
 _BUFFER, _MARK = 2**20, 8
 # What pyarrow says of damaged bytes.
 _DAMAGE = ("CRC", "orrupt", "page", "thrift", "end of stream", "nvalid")
-# Bytes of one value, where Parquet may store many equal ones in none.
-_WIDTHS = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4, "INT64": 8, "DOUBLE": 8, "INT96": 12}
 
 
 class Parquet(Reader):
@@ -34,28 +36,29 @@ class Parquet(Reader):
         super().__init__()
         self.place, self.limits = place, limits
         try:
-            file = self._open()
+            stored = place.native()
+            file = self._open(stored)
         except OSError as error:
             raise ValueError(f"{place.name} cannot be read: {error}") from None
-        except Exception as error:
-            # pyarrow's own errors are no common kind.
+        except (ValueError, NotImplementedError) as error:
             raise ValueError(
                 f"{place.name} is truncated or no Parquet: {error}"
             ) from None
-        with file:
+        with stored, file:
             footer, schema = file.metadata, file.schema_arrow
             groups = [footer.row_group(g) for g in range(footer.num_row_groups)]
             counts = [group.num_rows for group in groups]
+            sizes = [group.total_byte_size for group in groups]
             if min(counts, default=0) < 0 or sum(counts) != footer.num_rows:
                 raise ValueError(
                     f"{place.name} declares {footer.num_rows} rows, its groups {counts}"
                 )
             self.first = np.cumsum([0, *counts])
-            self.weights = [_expanded(group) for group in groups]
+            self.sizes = np.array(sizes, np.int64)
             self.names = tuple(schema.names)
             self.kinds = dict(filter(None, map(_kind, schema)))
-        self.size = place.size()
-        self.footer = _footer(place, footer.serialized_size)
+            self.size = stored.size()
+            self.footer = _footer(stored, footer.serialized_size)
         if len(set(self.names)) < len(self.names):
             raise ValueError(f"{place.name} has a column twice, of {list(self.names)}")
 
@@ -69,11 +72,18 @@ class Parquet(Reader):
         at = cursors.setdefault(repr(names), _Cursor())
         if not at.begin <= row < at.end:
             self._seek(at, row, names)
-        return {
-            name: _value(name, at.batch.column(name)[row - at.begin])
-            for name in names
-            if name in self.names
-        }
+        found = {}
+        for name in names:
+            if name in self.names:
+                value = _value(name, at.batch.column(name)[row - at.begin])
+                size = getattr(value, "nbytes", 0)
+                if size > self.limits.bytes:
+                    raise BadRecord(
+                        "TOO_LARGE",
+                        f"{name!r} has {size} bytes, the most are {self.limits.bytes}",
+                    )
+                found[name] = value
+        return found
 
     def identity(self) -> dict[str, Any]:
         """The file's size, and a hash of its footer: schema, places and statistics."""
@@ -88,13 +98,13 @@ class Parquet(Reader):
         """Reads on to the batch with this row; from the group's begin if need be."""
         group = int(np.searchsorted(self.first, row, "right")) - 1
         count = int(self.first[group + 1] - self.first[group])
-        each = self.weights[group] / count
+        each = int(self.sizes[group]) / count
         if each > self.limits.bytes:
             raise BadRecord(
                 "TOO_LARGE", f"{each:.0f} bytes a row, the most are {self.limits.bytes}"
             )
         if at.group != group or row < at.begin:
-            at.file = at.file or self._open()
+            at.file = at.file or self._open(self.place.native())
             at.batches = at.file.iter_batches(
                 max(1, min(_ROWS, int(_BYTES / max(each, 1.0)))),
                 row_groups=[group],
@@ -111,7 +121,7 @@ class Parquet(Reader):
         except StopIteration:
             # Nothing of a group can be read past what is damaged.
             raise BadRecord("UNDECODABLE", f"row group {group}: {at.fault}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, NotImplementedError) as error:
             if isinstance(error, OSError) and self._storage(error):
                 self.close()
                 raise
@@ -124,10 +134,10 @@ class Parquet(Reader):
             return error.errno is not None
         return not any(word in str(error) for word in _DAMAGE)
 
-    def _open(self) -> Any:
+    def _open(self, stored: Any) -> Any:
         parquet = require("pyarrow.parquet", "Parquet")
         return parquet.ParquetFile(
-            self.place.native(),
+            stored,
             buffer_size=_BUFFER,
             pre_buffer=False,
             page_checksum_verification=True,
@@ -146,21 +156,10 @@ class _Cursor:
         self.fault = ""
 
 
-def _footer(place: Place, size: int) -> str:
+def _footer(stored: Any, size: int) -> str:
     """The sha256 of the footer's bytes, which lie before its length and a mark."""
-    with place.open() as file:
-        file.seek(-(size + _MARK), os.SEEK_END)
-        return hashlib.sha256(file.read(size)).hexdigest()
-
-
-def _expanded(group: Any) -> int:
-    """Bytes of a row group in memory, at least: a few may stand for many equal ones."""
-    sizes = 0
-    for index in range(group.num_columns):
-        chunk = group.column(index)
-        flat = chunk.num_values * _WIDTHS.get(chunk.physical_type, 0)
-        sizes += max(chunk.total_uncompressed_size, flat)
-    return sizes
+    stored.seek(stored.size() - size - _MARK)
+    return hashlib.sha256(stored.read(size)).hexdigest()
 
 
 def _kind(field: Any) -> tuple[str, tuple[np.dtype, tuple[int, ...] | None]] | None:

@@ -71,10 +71,10 @@ class Place:
         return io.BufferedReader(self.system.open_input_file(self.path), _BLOCK)
 
     def native(self) -> Any:
-        """The file as pyarrow reads it best."""
-        return (
-            self.path if self.system is None else self.system.open_input_file(self.path)
-        )
+        """Opens the file as pyarrow reads it best."""
+        if self.system is None:
+            return require("pyarrow", "a file").OSFile(self.path)
+        return self.system.open_input_file(self.path)
 
     def names(self) -> list[str]:
         """What lies in the folder, in no order."""

@@ -94,15 +94,12 @@ class Column:
         return array
 
     def _text(self, name: str, value: Any) -> str:
-        if not isinstance(value, str) or self.dtype not in (None, "text"):
+        if not isinstance(value, str | bytes) or self.dtype not in (None, "text"):
             wanted = self.dtype or "an array"
             raise BadRecord(
                 "WRONG_DTYPE", f"{name!r} is {type(value).__name__}, {wanted} is wanted"
             )
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise BadRecord("BAD_UTF8", f"{name!r}: {error.reason}") from None
+        value = utf8(name, value)
         self._length(name, len(value))
         return value
 
@@ -120,11 +117,13 @@ class Column:
 
     def _converted(self, name: str, array: np.ndarray, loose: bool) -> np.ndarray:
         dtype = np.dtype(self.dtype) if self.dtype else array.dtype
-        known = _convertible(array.dtype, self.dtype) or array.size == 0
+        known = _convertible(array.dtype, self.dtype)
         as_float = loose and dtype.kind == "f" and array.dtype.kind in "iu"
-        if not known and not as_float:
+        tokens = self.vocabulary is None or array.dtype.kind in "iu"
+        if array.size and not (tokens and (known or as_float)):
+            wanted = self.dtype or "token ids"
             raise BadRecord(
-                "WRONG_DTYPE", f"{name!r} is {array.dtype}, {self.dtype} is wanted"
+                "WRONG_DTYPE", f"{name!r} is {array.dtype}, {wanted} is wanted"
             )
         if array.size and array.dtype.kind in "iu":
             self._range(name, array, dtype)
@@ -168,6 +167,20 @@ def _array(name: str, value: Any) -> np.ndarray:
     if array.dtype.kind not in "biuf":
         raise BadRecord("WRONG_DTYPE", f"{name!r} is {array.dtype}, numbers are wanted")
     return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def utf8(name: str, value: str | bytes) -> str:
+    """A text that can be written as UTF-8.
+
+    Raises:
+      BadRecord: If it is none, or holds half of a surrogate pair.
+    """
+    try:
+        text = value.decode() if isinstance(value, bytes) else value
+        text.encode()
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise BadRecord("BAD_UTF8", f"{name!r}: {error.reason}") from None
+    return text
 
 
 def _convertible(stored: np.dtype, wanted: str | None) -> bool:

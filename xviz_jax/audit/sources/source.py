@@ -110,7 +110,8 @@ class Source:
         value = raw.get(theirs)
         if value is None:
             raise BadRecord("MISSING", f"{theirs!r} has no value")
-        if pixels.encoded(value) or column.decode == "image":
+        encoded = column.dtype != "text" and pixels.encoded(value)
+        if encoded or column.decode == "image":
             value = pixels.decode(value, self.limits, self.reader.folder)
         elif self.reader.textual and column.dtype != "text" and isinstance(value, str):
             value = json_text.numbers(value, self.limits, column.shape == ())
