@@ -310,7 +310,7 @@ def test_odd_tokens(tmp_path):
     assert found.explained == 3
     assert harness.read(tmp_path).column("id").to_pylist() == ["0", "2", "5"]
     assert harness.quarantined(tmp_path) == {
-        "1": "WRONG_DTYPE",
+        "1": "EMPTY",
         "3": "EMPTY",
         "4": "TOO_LONG",
         "6": "OUT_OF_VOCABULARY",
