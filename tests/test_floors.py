@@ -37,6 +37,7 @@ FLOORS = {
         "baselines",
         "batch",
         "doctor",
+        "escape",
         "methods",
         "models",
         "tracing",

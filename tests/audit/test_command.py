@@ -192,6 +192,16 @@ def test_other_ends(data, tmp_path, capsys, monkeypatch):
     assert "No space left" in capsys.readouterr().err
 
 
+def test_what_data_says_commands_no_terminal(tmp_path, capsys):
+    x = np.full((2, 8), np.nan, np.float32)
+    np.savez(tmp_path / "d.npz", x=x, id=np.array(["a", "\x1b[31mred"]))
+    command = ["audit", *MODEL, "--data", str(tmp_path / "d.npz")]
+    out = ["--out", str(tmp_path / "o"), "--methods", "saliency"]
+    assert cli.main([*command, *out]) == 3
+    said = capsys.readouterr().err
+    assert "[31mred: NONFINITE_INPUT" in said and "\x1b" not in said
+
+
 def test_the_embedded_model(tmp_path, capsys):
     """The default, with one method of each school."""
     images, labels = xv.models.embedded.images()

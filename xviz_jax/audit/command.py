@@ -25,6 +25,7 @@ from xviz_jax.audit.run import run
 from xviz_jax.audit.sources import Buckets
 from xviz_jax.audit.stopping import EXIT, Preempted
 from xviz_jax.audit.worker import Unusable
+from xviz_jax.escape import terminal
 
 _CODES = {"complete": 0, "too_many_bad": 3, "preempted": EXIT}
 _DONE, _FAULT, _BAD_CALL, _TOO_MANY_BAD = 0, 1, 2, 3
@@ -71,9 +72,9 @@ def main(given: Mapping[str, Any]) -> int:
     )
     for note in (summary.why, *summary.notes):
         if note:
-            print(f"xviz-jax audit: {note}", file=sys.stderr)
+            _tell(note)
     if summary.bitwise is False:
-        print("xviz-jax audit: rows are not reproducible to the bit", file=sys.stderr)
+        _tell("rows are not reproducible to the bit")
     code = _CODES[summary.state]
     if summary.hung:
         # A thread that never comes back would keep the process alive.
@@ -83,8 +84,13 @@ def main(given: Mapping[str, Any]) -> int:
 
 
 def _failed(error: BaseException, code: int) -> int:
-    print(f"xviz-jax audit: {error}", file=sys.stderr)
+    _tell(str(error))
     return code
+
+
+def _tell(text: str) -> None:
+    """Says what may quote the data."""
+    print(f"xviz-jax audit: {terminal(text)}", file=sys.stderr)
 
 
 def settings(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from xviz_jax.audit import files
 from xviz_jax.audit.shard import Counts
+from xviz_jax.escape import terminal
 
 SUMMARY, LOG = "summary.json", "audit.log"
 
@@ -109,7 +110,7 @@ class Log:
     def say(self, text: str) -> None:
         """Adds a line; a full disk does not end a run here."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        line = text.replace("\n", "\n  ")
+        line = terminal(text).replace("\n", "\n  ")
         with contextlib.suppress(OSError), self._path.open("a") as file:
             file.write(f"{now} {line}\n")
 
