@@ -1,0 +1,216 @@
+"""The features of an input, their scores, and what the model makes of parts of it."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xviz_jax import attribution
+from xviz_jax.attribution import Attribution, Target
+from xviz_jax.metrics import imputers
+from xviz_jax.metrics.measurement import Reason
+from xviz_jax.perturbation.features import labelled, look_up
+
+Output = Literal["logit", "probability", "margin"]
+_OUTPUTS = ("logit", "probability", "margin")
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """An input as features with scores, any of which can be absent.
+
+    Attributes:
+      count: How many features there are.
+      scores: float32 `[count]`.
+      output: What is measured of the model, at the input.
+      value: Maps presence, bool `[count]`, and a key to the same of what is present.
+      random: Whether `value` needs a key.
+    """
+
+    count: int
+    scores: jax.Array
+    output: jax.Array
+    value: Callable[[jax.Array, Any], jax.Array]
+    random: bool
+
+    def keys(self, key: Any, count: int) -> Any:
+        """A key for each of several values, or None."""
+        return jax.random.split(key, count) if self.random else None
+
+    def checks(self, *values: jax.Array) -> list[tuple[Reason, jax.Array]]:
+        """What makes every metric of these features undefined.
+
+        Args:
+          *values: All that was evaluated.
+        """
+        all_of = jnp.concatenate([self.output[None], *map(jnp.atleast_1d, values)])
+        spread = jnp.max(all_of) - jnp.min(all_of)
+        return [
+            (Reason.SCORES_NOT_FINITE, ~jnp.all(jnp.isfinite(self.scores))),
+            (Reason.OUTPUT_NOT_FINITE, ~jnp.all(jnp.isfinite(all_of))),
+            (Reason.NO_CHANGE, spread <= rounding(all_of)),
+        ]
+
+    @property
+    def equal(self) -> tuple[Reason, jax.Array]:
+        """All scores are the same, so that they order nothing."""
+        same = jnp.max(self.scores) == jnp.min(self.scores)
+        return Reason.NO_VARIANCE, same
+
+
+def rounding(values: jax.Array) -> jax.Array:
+    """A change below this may be rounding, float32."""
+    return 16 * jnp.finfo(jnp.float32).eps * jnp.max(jnp.abs(values))
+
+
+def prepare(
+    name: str,
+    model: Callable,
+    args: Sequence[Any],
+    argnums: int,
+    target: Target,
+    groups: Any,
+    imputer: imputers.Imputer,
+    output: Output,
+) -> Features:
+    """Sets up the features of an input.
+
+    Args:
+      name: The metric's.
+      model: Maps one example to logits.
+      args: The metric's arguments.
+      argnums: Which of the model's is explained.
+      target: What was explained.
+      groups: The number of the feature that each element belongs to, as for
+        `xv.feature_ablation`.
+      imputer: What takes the place of absent features.
+      output: What is measured of the logits.
+
+    Raises:
+      ValueError: If the arguments, scores, groups, target or imputer do not fit.
+    """
+    given, number, scores = split(name, args, argnums)
+    labels = labelled(given[number], groups)
+    count = 1 + max(int(leaf.max()) for leaf in jax.tree.leaves(labels))
+    logits = model(*given)
+    read = reader(output, attribution.hold(target, logits), logits)
+    imputed = imputer.prepare(model, given, number)
+
+    def value(present: jax.Array, key: Any) -> jax.Array:
+        shown = jax.tree.map(lambda label: look_up(present, label), labels)
+        return read(imputed(shown, key))
+
+    return Features(
+        count, by_feature(scores, labels, count), read(logits), value, imputer.random
+    )
+
+
+def split(
+    name: str, args: Sequence[Any], argnums: int
+) -> tuple[tuple[Any, ...], int, Any]:
+    """The model's arguments, which of them is explained, and the scores.
+
+    Raises:
+      ValueError: If there are too few arguments.
+    """
+    count = len(args) - 1
+    if not isinstance(argnums, int) or not -count <= argnums < count:
+        raise ValueError(
+            f"`{name}` takes the model's arguments with the attribution right after "
+            f"argument {argnums!r}, one integer; got {len(args)} arguments"
+        )
+    number = argnums % count
+    given = args[number + 1]
+    scores = given.scores if isinstance(given, Attribution) else given
+    return (*args[: number + 1], *args[number + 2 :]), number, scores
+
+
+def by_feature(scores: Any, labels: Any, count: int) -> jax.Array:
+    """One score for each feature.
+
+    Args:
+      scores: Shaped like the input, to be summed within features; or `[count]`, one
+        for each feature already.
+      labels: The feature of each element.
+      count: How many features there are.
+
+    Raises:
+      ValueError: If the scores have any other shape.
+    """
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(scores)]
+    wanted = [label.shape for label in jax.tree.leaves(labels)]
+    alike = jax.tree.structure(scores) == jax.tree.structure(labels)
+    if alike and shapes == wanted:
+        flat = flattened(scores)
+        numbers = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(labels)])
+        if np.array_equal(numbers, np.arange(count)):
+            return flat
+        return jax.ops.segment_sum(flat, numbers, count)
+    if shapes == [(count,)]:
+        return flattened(scores)
+    raise ValueError(
+        f"the scores have the shapes {shapes}, but the input has {wanted} and "
+        f"{count} features: give one score for each element, or `[{count}]`; what "
+        "belongs to no feature, like a class token, is cut off first: `scores[1:]`"
+    )
+
+
+def flattened(scores: Any) -> jax.Array:
+    """All scores in a row, float32.
+
+    Raises:
+      ValueError: If there are none, or they are not numbers.
+    """
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(scores)]
+    if not leaves or any(jnp.issubdtype(leaf.dtype, jnp.bool_) for leaf in leaves):
+        raise ValueError(
+            "an attribution, or its scores, is made of numbers; got "
+            f"{[leaf.dtype for leaf in leaves] or scores!r}"
+        )
+    return jnp.concatenate([leaf.astype(jnp.float32).ravel() for leaf in leaves])
+
+
+def check_output(output: str) -> None:
+    """Raises ValueError unless `output` is known."""
+    if output not in _OUTPUTS:
+        raise ValueError(f"`output` is one of {_OUTPUTS}, got {output!r}")
+
+
+def reader(
+    output: Output, held: Target, logits: jax.Array
+) -> Callable[[jax.Array], jax.Array]:
+    """Maps logits to what is measured of them.
+
+    Args:
+      output: `logit`, the explained scalar itself; `probability`, that of the class;
+        `margin`, its logit less the largest other one.
+      held: As `attribution.hold` returns it.
+      logits: The model's output at the input.
+
+    Raises:
+      ValueError: If the target has no probability or margin.
+    """
+    if output == "logit":
+        return lambda logits: attribution.explained(held, logits)
+    if callable(held) or held is None or logits.ndim != 1:
+        raise ValueError(
+            f"`output={output!r}` is for a target that is a class; use "
+            "`output='logit'` for any other"
+        )
+    if output == "probability":
+        return lambda logits: attribution.explained(
+            held, jax.nn.softmax(logits.astype(jnp.float32))
+        )
+
+    def margin(logits: jax.Array) -> jax.Array:
+        own = attribution.explained(held, logits)
+        if isinstance(held, tuple):
+            return own
+        classes = jnp.arange(logits.shape[0])
+        others = jnp.where(classes == held, -jnp.inf, logits.astype(jnp.float32))
+        return own - jnp.max(others)
+
+    return margin
