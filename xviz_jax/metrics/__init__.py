@@ -9,9 +9,13 @@ the model. The functions that compare two attributions take the two.
 """
 
 from xviz_jax.metrics import imputers as imputers
+from xviz_jax.metrics.abpc import abpc as abpc
+from xviz_jax.metrics.comprehensiveness import comprehensiveness as comprehensiveness
 from xviz_jax.metrics.deletion import deletion as deletion
+from xviz_jax.metrics.insertion import insertion as insertion
 from xviz_jax.metrics.measurement import NEEDS as NEEDS
 from xviz_jax.metrics.measurement import REASONS as REASONS
 from xviz_jax.metrics.measurement import Measurement as Measurement
 from xviz_jax.metrics.measurement import Metric as Metric
 from xviz_jax.metrics.measurement import Reason as Reason
+from xviz_jax.metrics.sufficiency import sufficiency as sufficiency

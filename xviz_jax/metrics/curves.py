@@ -15,7 +15,7 @@ def places(scores: jax.Array) -> jax.Array:
     return jnp.argsort(jnp.argsort(-scores, stable=True), stable=True)
 
 
-def steps_of(count: int, steps: int) -> np.ndarray:
+def sizes(count: int, steps: int) -> np.ndarray:
     """How many features have gone at each point of a curve, from 0 to all."""
     steps = min(steps, count)
     return np.array([(2 * n * count + steps) // (2 * steps) for n in range(steps + 1)])

@@ -67,7 +67,7 @@ def deletion(
 
     def measure(*args: Any, target: Target = None, key: Any = None) -> Measurement:
         seen = prepare("deletion", model, args, argnums, target, groups, taken, output)
-        gone = curves.steps_of(seen.count, steps)
+        gone = curves.sizes(seen.count, steps)
         rest = curves.values(seen, key, chunk, remove=gone[1:])
         curve = jnp.concatenate([seen.output[None], rest])
         fraction = gone / seen.count
