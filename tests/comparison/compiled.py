@@ -21,13 +21,15 @@ class Program:
 
     Attributes:
       weights: The arguments of `forward`.
-      tokens: Every input, `[inputs, 1 + LENGTH]`, behind the token that begins it.
+      vocabulary: The three tokens.
+      tokens: Every input, `[inputs, LENGTH]`.
       logits: What tracr's own model answers, `[inputs, LENGTH, classes]`.
       shapley: Of the answer at each position, of each token: `[inputs, LENGTH,
         LENGTH]`.
     """
 
     weights: dict[str, jax.Array]
+    vocabulary: np.ndarray
     tokens: np.ndarray
     logits: np.ndarray
     shapley: np.ndarray
@@ -39,15 +41,20 @@ def load(name: str) -> Program:
     with np.load(path, allow_pickle=False) as stored:
         arrays = {key: stored[key] for key in stored.files}
     rest = (arrays.pop(key) for key in ("tokens", "logits", "shapley"))
+    tokens, logits, shapley = rest
+    # The token that begins every input is part of the model.
+    arrays["first"] = arrays["token_embed"][tokens[0, :1]]
     weights = {key: jnp.asarray(each) for key, each in arrays.items()}
-    return Program(weights, *rest)
+    tokens = tokens[:, 1:]
+    return Program(weights, np.unique(tokens), tokens, logits, shapley)
 
 
 def forward(
     weights: dict[str, jax.Array], tokens: jax.Array, position: jax.Array
 ) -> jax.Array:
-    """Logits `[classes]` of the answer at one position, counted with the first."""
-    x = weights["token_embed"][tokens] + weights["pos_embed"]
+    """Logits `[classes]` of the answer at one position."""
+    x = jnp.concatenate([weights["first"], weights["token_embed"][tokens]])
+    x = x + weights["pos_embed"]
     for layer in range(weights["query"].shape[0]):
         heads = {
             name: jnp.einsum("nd,dhk->nhk", x, weights[name][layer])
@@ -58,4 +65,4 @@ def forward(
         mixed = jnp.einsum("hqn,nhk->qhk", jax.nn.softmax(logits), heads["value"])
         x = x + jnp.einsum("qhk,hkd->qd", mixed, weights["linear"][layer])
         x = x + jax.nn.relu(x @ weights["up"][layer]) @ weights["down"][layer]
-    return (x @ weights["head"])[position]
+    return (x @ weights["head"])[1 + position]

@@ -2,7 +2,7 @@
 
 The protocol follows the critics of explanations: perturbation metrics hardly tell some
 methods from a random ranking, so controls must lose (Wu et al., 2024, arXiv
-2404.02911); a method that does not notice random weights shows the input (Adebayo et
+2404.01415); a method that does not notice random weights shows the input (Adebayo et
 al., 2018, arXiv 1810.03292); one that does not notice the class cannot explain it
 (Sixt et al., 2020, arXiv 1912.09818).
 """
@@ -351,7 +351,7 @@ def _imputers(given: Sequence[Imputer] | None, problem: Problem) -> list[Imputer
 def _factories(given: Sequence[Callable[..., Metric]] | None) -> list[Callable]:
     evidence = [metrics.abpc, metrics.comprehensiveness]
     if given is None:
-        return [*evidence, metrics.sufficiency, metrics.sparseness]
+        return [*evidence, metrics.sufficiency]
     names = {_name(factory) for factory in given}
     return [each for each in evidence if each.__name__ not in names] + list(given)
 
