@@ -46,19 +46,29 @@ class Features:
         Args:
           *values: All that was evaluated.
         """
-        all_of = jnp.concatenate([self.output[None], *map(jnp.atleast_1d, values)])
-        spread = jnp.max(all_of) - jnp.min(all_of)
-        return [
-            (Reason.SCORES_NOT_FINITE, ~jnp.all(jnp.isfinite(self.scores))),
-            (Reason.OUTPUT_NOT_FINITE, ~jnp.all(jnp.isfinite(all_of))),
-            (Reason.NO_CHANGE, spread <= rounding(all_of)),
-        ]
+        outputs = [self.output[None], *map(jnp.atleast_1d, values)]
+        return checks(self.scores, jnp.concatenate(outputs))
 
     @property
     def equal(self) -> tuple[Reason, jax.Array]:
         """All scores are the same, so that they order nothing."""
         same = jnp.max(self.scores) == jnp.min(self.scores)
         return Reason.NO_VARIANCE, same
+
+
+def checks(scores: jax.Array, outputs: jax.Array) -> list[tuple[Reason, jax.Array]]:
+    """What makes a metric undefined that sets scores beside changes of the output.
+
+    Args:
+      scores: float32 `[count]`.
+      outputs: All that was evaluated, float32 `[evaluations]`.
+    """
+    spread = jnp.max(outputs) - jnp.min(outputs)
+    return [
+        (Reason.SCORES_NOT_FINITE, ~jnp.all(jnp.isfinite(scores))),
+        (Reason.OUTPUT_NOT_FINITE, ~jnp.all(jnp.isfinite(outputs))),
+        (Reason.NO_CHANGE, spread <= rounding(outputs)),
+    ]
 
 
 def rounding(values: jax.Array) -> jax.Array:
@@ -153,8 +163,9 @@ def by_feature(scores: Any, labels: Any, count: int) -> jax.Array:
         return flattened(scores)
     raise ValueError(
         f"the scores have the shapes {shapes}, but the input has {wanted} and "
-        f"{count} features: give one score for each element, or `[{count}]`; what "
-        "belongs to no feature, like a class token, is cut off first: `scores[1:]`"
+        f"{count} features: give one score for each element, or `[{count}]` (by "
+        "`scores.ravel()` for a grid); what belongs to no feature, like a class token, "
+        "is cut off first, by `scores[1:]`"
     )
 
 
@@ -200,6 +211,8 @@ def reader(
             f"`output={output!r}` is for a target that is a class; use "
             "`output='logit'` for any other"
         )
+    if logits.shape[0] < 2:
+        raise ValueError(f"`output={output!r}` takes at least 2 classes, got 1")
     if output == "probability":
         return lambda logits: attribution.explained(
             held, jax.nn.softmax(logits.astype(jnp.float32))
@@ -214,3 +227,68 @@ def reader(
         return own - jnp.max(others)
 
     return margin
+
+
+def grouped(name: str, args: Sequence[Any], argnums: int, groups: Any) -> jax.Array:
+    """The scores in a row, float32, for a metric of nothing else.
+
+    Args:
+      name: The metric's.
+      args: The metric's arguments.
+      argnums: Which of the model's is explained.
+      groups: As for `prepare`; None for all scores as they are, of any shape.
+
+    Raises:
+      ValueError: If the arguments, scores or groups do not fit.
+    """
+    given, number, scores = split(name, args, argnums)
+    if groups is None:
+        return flattened(scores)
+    labels = labelled(given[number], groups)
+    count = 1 + max(int(leaf.max()) for leaf in jax.tree.leaves(labels))
+    return by_feature(scores, labels, count)
+
+
+def pointed(
+    name: str, args: Sequence[Any], argnums: int, groups: Any, mask: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The scores in a row, and which of them are inside a mask.
+
+    Args:
+      name: The metric's.
+      args: The metric's arguments.
+      argnums: Which of the model's is explained.
+      groups: As for `grouped`.
+      mask: Nonzero inside. Shaped like the leading axes of the scores (with groups, of
+        the input), or `[features]`. A feature is inside if at least half of it is.
+
+    Raises:
+      ValueError: If something does not fit.
+    """
+    row = grouped(name, args, argnums, groups)
+    given, number, scores = split(name, args, argnums)
+    whole = jnp.shape(scores if groups is None else given[number])
+    mask = jnp.asarray(mask) != 0
+    if mask.shape == row.shape:
+        return row, mask
+    if mask.ndim == 0 or mask.shape != whole[: mask.ndim]:
+        raise ValueError(
+            f"the mask has shape {mask.shape}: it is shaped like the leading axes of "
+            f"{whole}, or like the features, {row.shape}"
+        )
+    mask = mask.reshape(mask.shape + (1,) * (len(whole) - mask.ndim))
+    mask = jnp.broadcast_to(mask, whole)
+    if groups is None:
+        return row, mask.ravel()
+    labels = labelled(given[number], groups)
+    inside = by_feature(mask.astype(jnp.float32), labels, len(row))
+    size = np.bincount(labels.ravel(), minlength=len(row))
+    return row, inside >= jnp.asarray(size / 2, jnp.float32)
+
+
+def mask_checks(row: jax.Array, inside: jax.Array) -> list[tuple[Reason, jax.Array]]:
+    """What makes every metric of a mask undefined."""
+    return [
+        (Reason.SCORES_NOT_FINITE, ~jnp.all(jnp.isfinite(row))),
+        (Reason.MASK, jnp.all(inside) | ~jnp.any(inside)),
+    ]

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from xviz_jax import attribution, baselines
 
@@ -163,7 +162,7 @@ def noisy_linear(noise: float = 0.01, axes: Sequence[int] = (0, 1)) -> Imputer:
       noise: Standard deviation of the normal noise, in units of the input.
       axes: The two axes of the grid.
 
-    Source: Rong et al., 2022, arXiv 2202.00449, section 5.
+    Source: Rong et al., 2022, arXiv 2202.00449.
     """
     if len(axes) != 2:
         raise ValueError(f"`axes` are the two of a grid, got {tuple(axes)}")
@@ -243,8 +242,3 @@ def check(imputer: Any) -> Imputer:
             f"`imputers.baseline(0.0)`, got {imputer!r}"
         )
     return imputer
-
-
-def full(x: Any) -> Any:
-    """Presence of everything, shaped like an argument."""
-    return jax.tree.map(lambda leaf: np.ones(jnp.shape(leaf), bool), x)

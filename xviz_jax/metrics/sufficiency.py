@@ -52,7 +52,7 @@ def sufficiency(
     >>> float(measure(x, x).value)
     1.0
 
-    Source: section 5 of the paper; the average over fractions is its AOPC.
+    Source: the paper, whose AOPC the average over fractions is.
     """
     return rationale.average_drop(
         "sufficiency",
