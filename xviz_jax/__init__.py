@@ -27,6 +27,8 @@ from xviz_jax.attention import gradient_rollout as gradient_rollout
 from xviz_jax.attention import raw_attention as raw_attention
 from xviz_jax.attribution import Attribution as Attribution
 from xviz_jax.attribution import single as single
+from xviz_jax.comparison import Comparison as Comparison
+from xviz_jax.comparison import compare as compare
 from xviz_jax.gradients import blur_integrated_gradients as blur_integrated_gradients
 from xviz_jax.gradients import conductance as conductance
 from xviz_jax.gradients import expected_gradients as expected_gradients

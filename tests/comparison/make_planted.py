@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import planted
+from tests.comparison import planted
 
 SEEDS, STEPS, BATCH = 5, 1500, 128
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import shortcut
+from tests.comparison import shortcut
 from flax import nnx
 
 from xviz_jax.models import embedded

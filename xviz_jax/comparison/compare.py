@@ -18,13 +18,13 @@ import numpy as np
 
 from xviz_jax import attribution, baselines, metrics
 from xviz_jax.attribution import Attribution
-from xviz_jax.comparison import concentration, measuring
+from xviz_jax.comparison import measuring
 from xviz_jax.comparison.judging import Judge
 from xviz_jax.comparison.problem import Problem
-from xviz_jax.comparison.ranks import spearman
 from xviz_jax.comparison.result import CEILING, CONTROLS, Comparison
 from xviz_jax.metrics.imputers import Imputer
 from xviz_jax.metrics.measurement import Metric
+from xviz_jax.metrics.shuffling import shuffled
 from xviz_jax.perturbation.features import labelled
 
 EVIDENCE = ("abpc", "comprehensiveness")
@@ -58,7 +58,7 @@ def compare(
     Every method's scores are brought to one score for each feature, and its ranking of
     the features is measured beside three that need no method: random ones; the
     position-only one, which is what the other records' features at the same places are
-    worth; and leave-one-out, which a method can hardly do better than. A method is
+    worth; and leave-one-out, the yardstick. A method is
 
     - *supported* if its scores are numbers and it converged on 99% of the records, if
       it notices random weights, and if it beats both controls by every metric that is
@@ -135,7 +135,7 @@ def compare(
 
     classes = logits.shape[1] if logits.ndim == 2 else 0
     others = _other_classes(problem, classes, random) if class_specific else None
-    chance = _at_random(problem, random)
+    chance = _at_random(problem)
     explained = {}
     for name, explain in explainers.items():
         progress(name)
@@ -176,7 +176,7 @@ def compare(
         methods=judge.methods(share, times),
         summaries=judge.summaries,
         tests=judge.tests,
-        agreement=_agreement(explained),
+        agreement=judge.agreement(),
         settings={
             "records": problem.count,
             "features": problem.features,
@@ -311,24 +311,12 @@ def _other_classes(
     return ((own + moved) % classes).astype(np.int32)
 
 
-def _at_random(
-    problem: Problem, random: np.random.Generator
-) -> tuple[Any, ...] | None:
-    """The shared arguments with the entries of every array shuffled."""
-    leaves, tree = jax.tree.flatten(problem.shared)
-    float_ = [
-        hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
-        for leaf in leaves
-    ]
-    if not any(float_):
+def _at_random(problem: Problem) -> tuple[Any, ...] | None:
+    """The shared arguments with the entries of every array of floats shuffled."""
+    leaves = map(jnp.asarray, jax.tree.leaves(problem.shared))
+    if not any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
         return None
-
-    def shuffled(leaf: Any) -> Any:
-        entries = random.permutation(np.asarray(leaf).ravel())
-        return jnp.asarray(entries.reshape(leaf.shape), leaf.dtype)
-
-    new = [shuffled(x) if is_float else x for x, is_float in zip(leaves, float_)]
-    return jax.tree.unflatten(tree, new)
+    return shuffled(problem.shared, "permute", jax.random.fold_in(problem.key, 0))
 
 
 def _imputers(given: Sequence[Imputer] | None, problem: Problem) -> list[Imputer]:
@@ -351,7 +339,7 @@ def _imputers(given: Sequence[Imputer] | None, problem: Problem) -> list[Imputer
 def _factories(given: Sequence[Callable[..., Metric]] | None) -> list[Callable]:
     evidence = [metrics.abpc, metrics.comprehensiveness]
     if given is None:
-        return [*evidence, metrics.sufficiency]
+        return [*evidence, metrics.sufficiency, metrics.sparseness]
     names = {_name(factory) for factory in given}
     return [each for each in evidence if each.__name__ not in names] + list(given)
 
@@ -392,18 +380,4 @@ def _members(slices: Any, count: int) -> dict[str, np.ndarray]:
     small = [name for name, each in found.items() if each.sum() < 2]
     if small:
         raise ValueError(f"each slice has at least two records, not so {small}")
-    return found
-
-
-def _agreement(
-    explained: Mapping[str, measuring.Explained],
-) -> dict[str, dict[str, float]]:
-    """Mean rank correlation of each two methods."""
-    found: dict[str, dict[str, float]] = {}
-    for name, one in explained.items():
-        row = found[name] = {}
-        for other, two in explained.items():
-            each = spearman(one.scores, two.scores)
-            known = each[np.isfinite(each)]
-            row[other] = float(known.mean()) if len(known) else float("nan")
     return found

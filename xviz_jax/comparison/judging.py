@@ -1,13 +1,13 @@
 """Intervals, tests and verdicts, from what was measured."""
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
 
 from xviz_jax.comparison import concentration, verdict
-from xviz_jax.comparison.measuring import Explained
+from xviz_jax.comparison.measuring import Explained, correlated
 from xviz_jax.comparison.problem import Problem
-from xviz_jax.comparison.ranks import spearman
 from xviz_jax.comparison.resampling import Resamples, holm_levels, interval, p_value
 from xviz_jax.comparison.result import (
     CEILING,
@@ -93,11 +93,17 @@ class Judge:
             flat[name] = int(empty.sum())
             filled[name] = np.where(defined, np.where(empty, luck, column), np.nan)
         undefined = _counted(why[~defined])
+        # How far luck alone may get: the means of single draws.
+        single = [_mean(column) for column in values[:, count:end].T]
         for name, column in filled.items():
             value = self._interval(column)
             place = None
             if metric.better is not None:
                 place = self._place(column, filled[CONTROLS[0]], filled[CEILING], sign)
+            if name == CONTROLS[0] and place is not None:
+                start, room = _mean(column), _mean(filled[CEILING]) - _mean(column)
+                reached = (np.array(single) - start) / room
+                place = Interval(0.0, *interval(reached, self.level))
             self.summaries.append(
                 Summary(
                     ranking=name,
@@ -121,7 +127,43 @@ class Judge:
 
     def methods(self, share: float, times: float) -> dict[str, Method]:
         """What is concluded about each method."""
-        return {name: self._method(name, share, times) for name in self.explained}
+        similar = self._similarities()
+        return {
+            name: self._method(name, similar, share, times) for name in self.explained
+        }
+
+    def agreement(self) -> dict[str, dict[str, float]]:
+        """Mean rank correlation of each two methods."""
+        pairs = list(itertools.product(self.explained, repeat=2))
+        stacked = [
+            np.stack([self.explained[pair[side]].scores for pair in pairs], axis=1)
+            for side in (0, 1)
+        ]
+        found: dict[str, dict[str, float]] = {name: {} for name in self.explained}
+        for (name, other), each in zip(pairs, correlated(*stacked).T, strict=True):
+            found[name][other] = _mean(each)
+        return found
+
+    def _similarities(self) -> dict[tuple[str, str], Interval]:
+        """Of the scores of another class, and of those under random weights."""
+        about, one, two = [], [], []
+        for name, each in self.explained.items():
+            for kind in ("of_another", "of_chance"):
+                other = getattr(each, kind)
+                if other is not None:
+                    about.append((name, kind))
+                    one.append(each.scores[: len(other)])
+                    two.append(other)
+        if not about:
+            return {}
+        columns = correlated(np.stack(one, axis=1), np.stack(two, axis=1)).T
+        found = {}
+        for pair, column in zip(about, columns, strict=True):
+            # Scores that do not vary have no order in common.
+            padded = np.full(self.problem.count, np.nan)
+            padded[: len(column)] = np.nan_to_num(column)
+            found[pair] = self._interval(padded)
+        return found
 
     def _note_undefined(self, slice_: str | None, found: dict[str, int]) -> None:
         known = self.undefined.setdefault(slice_, found)
@@ -129,9 +171,7 @@ class Judge:
             self.undefined[slice_] = found
 
     def _interval(self, column: np.ndarray) -> Interval:
-        known = column[np.isfinite(column)]
-        mean = float(known.mean()) if len(known) else float("nan")
-        return Interval(mean, *interval(self.all.means(column), self.level))
+        return Interval(_mean(column), *interval(self.all.means(column), self.level))
 
     def _place(
         self, column: np.ndarray, luck: np.ndarray, ceiling: np.ndarray, sign: float
@@ -159,8 +199,6 @@ class Judge:
         levels = [self.level, *holm_levels(p_values, self.level)]
         parts = [(None, difference, self.all.means(difference)), *parts]
         for (slice_, values, means), level in zip(parts, levels, strict=True):
-            known = values[np.isfinite(values)]
-            mean = float(known.mean()) if len(known) else float("nan")
             self.tests.append(
                 Test(
                     method=method,
@@ -169,21 +207,23 @@ class Judge:
                     imputer=imputer,
                     slice=slice_,
                     records=len(values),
-                    difference=Interval(mean, *interval(means, level)),
+                    difference=Interval(_mean(values), *interval(means, level)),
                     p=p_value(means),
                 )
             )
 
-    def _method(self, name: str, share: float, times: float) -> Method:
+    def _method(
+        self,
+        name: str,
+        similar: Mapping[tuple[str, str], Interval],
+        share: float,
+        times: float,
+    ) -> Method:
         found = self.explained[name]
-        classes = chance = blind = None
+        classes, chance = (similar.get((name, k)) for k in ("of_another", "of_chance"))
+        blind = None
         if found.of_another is not None:
-            own = found.scores[: len(found.of_another)]
-            classes = self._similarity(own, found.of_another)
-            blind = _same(own, found.of_another)
-        if found.of_chance is not None:
-            own = found.scores[: len(found.of_chance)]
-            chance = self._similarity(own, found.of_chance)
+            blind = _same(found.scores[: len(found.of_another)], found.of_another)
         everyone = np.ones(self.problem.count, bool)
 
         def judged(slice_: str | None, member: np.ndarray) -> str:
@@ -234,12 +274,11 @@ class Judge:
             ),
         )
 
-    def _similarity(self, one: np.ndarray, two: np.ndarray) -> Interval:
-        """Mean rank correlation; scores that do not vary have none in common."""
-        found = np.nan_to_num(spearman(one, two))
-        padded = np.full(self.problem.count, np.nan)
-        padded[: len(found)] = found
-        return self._interval(padded)
+
+def _mean(values: np.ndarray) -> float:
+    """The mean of what is a number."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def _counted(why: np.ndarray) -> dict[str, int]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xviz_jax import chunks
+from xviz_jax import batch, chunks, metrics
 from xviz_jax.comparison.problem import Problem, explaining
 from xviz_jax.metrics.features import prepare
 from xviz_jax.metrics.imputers import Imputer
@@ -169,3 +169,22 @@ def measured(
     rows = problem.rows(scores=scores.astype(np.float32))
     values, reasons = problem.run(one, rows).attribution
     return np.asarray(values, np.float64), np.asarray(reasons)
+
+
+def correlated(one: np.ndarray, two: np.ndarray) -> np.ndarray:
+    """Rank correlations of many pairs of scores of each record.
+
+    Args:
+      one: `[records, pairs, features]`.
+      two: The same.
+
+    Returns:
+      `[records, pairs]`, not a number where scores do not vary or are no numbers.
+    """
+
+    def each(row: dict[str, jax.Array]) -> Any:
+        return jax.vmap(metrics.spearman)(row["one"], row["two"]).value
+
+    rows = {"one": one, "two": two}
+    found = batch.run(each, rows, microbatch=min(PROBES, len(one)))
+    return np.asarray(found.attribution, np.float64)

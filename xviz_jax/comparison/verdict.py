@@ -89,12 +89,14 @@ def _against_controls(found: Findings) -> str:
                 f"not supported: it does not beat the {control} ranking by {metric}, "
                 f"{tests[0].difference} under {tests[0].imputer}, {count}"
             )
-        if not np.all(estimates > 0):
+        lows = np.array([test.difference.low for test in tests])
+        highs = np.array([test.difference.high for test in tests])
+        if not np.all(estimates > 0) and np.any((lows > 0) | (highs < 0)):
             signs = ", ".join(f"{t.difference} under {t.imputer}" for t in tests)
             disputed.append(
                 f"imputers disagree on {metric} against the {control} ranking: {signs}"
             )
-        elif worst.difference.low <= 0:
+        elif not np.all(lows > 0):
             open_.append(
                 f"by {metric} it may be no better than the {control} ranking, "
                 f"{worst.difference} under {worst.imputer}"
