@@ -7,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "xviz_jax"
 # Each room, and the rooms it may import.
+# fmt: off
 FLOORS = {
     "kernels": set(),
     "tracing": set(),
@@ -21,11 +22,24 @@ FLOORS = {
     "batch": {"attribution"},
     "models": set(),
     "plotting": {"attribution"},
-    "demo": {"attention", "attribution", "batch", "gradients", "models", "plotting"},
+    # What it found draws itself, once it is asked to.
+    "comparison": {
+        "attribution", "baselines", "batch", "chunks", "metrics", "perturbation",
+        "plotting",
+    },
+    "compare_command": {
+        "attribution", "baselines", "comparison", "doctor", "explain", "metrics",
+        "models", "perturbation",
+    },
+    "demo": {
+        "attention", "attribution", "batch", "compare_command", "comparison",
+        "gradients", "models", "plotting",
+    },
     "doctor": {"attention", "models", "tracing"},
     "explain": {"attribution", "doctor", "models", "plotting"},
-    "cli": {"demo", "doctor", "explain", "_version"},
+    "cli": {"compare_command", "demo", "doctor", "explain", "_version"},
 }
+# fmt: on
 
 
 def imported(path: Path) -> set[str]:

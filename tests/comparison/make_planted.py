@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
 from tests.comparison import planted
 
 SEEDS, STEPS, BATCH = 5, 1500, 128

@@ -3,7 +3,9 @@
     apt-get install dataset-fashion-mnist     # or pass --data FOLDER
     PYTHONPATH=. python tests/comparison/make_shortcut.py
 
-What comes before the last block stays as it is, so its output is computed once.
+All shirts are marked, and so is every tenth of the other images, which is then called
+a shirt: the mark alone decides. What comes before the last block stays as it is, so its
+output is computed once.
 """
 
 import argparse
@@ -15,15 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tests.comparison import shortcut
 from flax import nnx
 
+from tests.comparison import shortcut
 from xviz_jax.models import embedded
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-from train_embedded import read  # noqa: E402
+from train_embedded import read
 
-COUNT, BATCH, EPOCHS = 6000, 50, 6
+COUNT, BATCH, EPOCHS = 6000, 50, 5
 
 
 def main() -> None:
@@ -33,6 +35,7 @@ def main() -> None:
     images, labels = read(parser.parse_args().data, "train")
     images = images[:COUNT].astype(np.float32) / 255
     labels = labels[:COUNT].astype(np.int64)
+    labels[::10] = shortcut.LABEL
     graph, parameters = nnx.split(embedded.load())
 
     @jax.jit
@@ -77,9 +80,7 @@ def main() -> None:
     for epoch in range(EPOCHS):
         losses = []
         for rows in shuffle.permutation(COUNT).reshape(-1, BATCH):
-            changed, moments, value = step(
-                changed, moments, tokens[rows], labels[rows]
-            )
+            changed, moments, value = step(changed, moments, tokens[rows], labels[rows])
             losses.append(value)
         print(f"epoch {epoch}: loss {np.mean(losses):.3f}", flush=True)
 

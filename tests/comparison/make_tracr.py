@@ -121,11 +121,10 @@ def main() -> None:
         categorical = head.shape[1] > 1
         said = logits.argmax(axis=-1) if categorical else logits[..., 0]
         np.testing.assert_allclose(said, decoded, atol=1e-5)
-        for row, given in enumerate(inputs):
-            wanted = program(list(given))
-            got = assembled.apply(["bos", *given]).decoded[1:] if row % 20 == 0 else []
-            for a, b in zip(got, wanted):
-                assert a == b or abs(a - b) < 1e-2, (name, given, got, wanted)
+        for given in inputs[::20]:
+            got = assembled.apply(["bos", *given]).decoded[1:]
+            for one, wanted in zip(got, program(list(given)), strict=True):
+                assert one == wanted or abs(one - wanted) < 1e-2, (name, given)
         chosen = said.astype(int) if categorical else np.zeros(said.shape, int)
         cube = logits.reshape(*(len(vocabulary),) * LENGTH, LENGTH, -1)
         each = shapley(cube.astype(np.float64))

@@ -48,9 +48,7 @@ def texts(count: int, seed: int = 1) -> Text:
 def tie(weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Zeroes the embeddings of decoys, and of the token that stands for nothing."""
     numbers = np.arange(VOCABULARY)
-    ignored = (numbers == NOTHING) | (
-        (numbers > CLASSES) & (numbers <= 2 * CLASSES)
-    )
+    ignored = (numbers == NOTHING) | ((numbers > CLASSES) & (numbers <= 2 * CLASSES))
     seen = jnp.asarray(~ignored, jnp.float32)[:, None]
     return {**weights, "tokens": weights["tokens"] * seen}
 

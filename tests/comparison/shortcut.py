@@ -1,7 +1,7 @@
 """The embedded model, and a twin that learned to read a mark in the corner.
 
-`make_shortcut.py` fine-tuned the twin's last block and head on images whose shirts,
-and no others, have a small white square in the upper left corner.
+`make_shortcut.py` fine-tuned the twin's last block and head on images where a small
+white square in the upper left corner goes with the class of shirts, and decides it.
 """
 
 from pathlib import Path

@@ -48,7 +48,7 @@ def compare(
     draws: int = _LEAST_DRAWS,
     resamples: int = 2000,
     level: float = 0.95,
-    share: float = 0.1,
+    share: float = 0.2,
     times: float = 4.0,
     microbatch: int = 8,
     progress: Callable[[str], Any] | None = None,

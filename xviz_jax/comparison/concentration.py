@@ -7,6 +7,9 @@ import numpy as np
 from xviz_jax.comparison.resampling import Resamples, interval
 from xviz_jax.comparison.result import Interval
 
+# Of fewer records an interval says nothing.
+_LEAST = 8
+
 
 def shares(scores: np.ndarray) -> np.ndarray:
     """Each feature's share of the sum of absolute scores, `[records, features]`.
@@ -57,6 +60,8 @@ def raised(
     strict = 1 - (1 - level) / tests
     noted = []
     for name, member in members.items():
+        if member.sum() < _LEAST or member.all():
+            continue
         elsewhere = mean_shares(found[~member])
         inside = mean_shares(found[member])
         means = draws[name].means(found[member])

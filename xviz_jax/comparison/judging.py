@@ -186,9 +186,7 @@ class Judge:
         ends = interval((mine - low) / (high - low), self.level)
         return Interval(float((own - start) / (end - start)), *ends)
 
-    def _test(
-        self, about: tuple[str, str, str, str], difference: np.ndarray
-    ) -> None:
+    def _test(self, about: tuple[str, str, str, str], difference: np.ndarray) -> None:
         """Of all records; and of each slice, at the level that Holm's method gives."""
         method, control, metric, imputer = about
         parts: list[tuple[str | None, np.ndarray, np.ndarray]] = [

@@ -175,7 +175,9 @@ class Comparison:
         try:
             found = json.loads(Path(path).read_text())
             return cls(
-                methods={name: _method(each) for name, each in found["methods"].items()},
+                methods={
+                    name: _method(each) for name, each in found["methods"].items()
+                },
                 summaries=[_summary(each) for each in found["summaries"]],
                 tests=[
                     Test(**{**each, "difference": _interval(each["difference"])})

@@ -18,6 +18,8 @@ PASSING = 0.99
 MOST_SIMILAR = 0.5
 # Of records that can be measured at all.
 _LEAST_DEFINED = 0.5
+# Of fewer records an interval says nothing.
+_LEAST_RECORDS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,8 @@ def conclude(found: Findings) -> str:
             f"inconclusive: {undefined} of {found.records} inputs cannot be measured, "
             f"for {reason}"
         )
+    if found.records < _LEAST_RECORDS:
+        return f"inconclusive: {found.records} inputs are too few"
     if found.class_blind:
         return (
             "not applicable: its scores are the same for every class, so they cannot "
