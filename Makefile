@@ -57,6 +57,7 @@ benchmarks: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/tracing.py
 	$(BIN)/python benchmarks/attention_rows.py
 	$(BIN)/python benchmarks/loading.py
+	$(BIN)/python benchmarks/comparison.py
 
 python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

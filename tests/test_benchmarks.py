@@ -14,6 +14,7 @@ NAMES = [
     "tracing",
     "attention_rows",
     "loading",
+    "comparison",
     "gpu",
     "tune_kernels",
 ]

@@ -93,7 +93,7 @@ def of_planted(seed, texts):
     pad = xv.baselines.tokens(nothing)
     explainers = {
         "integrated_gradients": xv.integrated_gradients(
-            planted.forward, baseline=pad, steps=16, tolerance=0.5, argnums=1
+            planted.forward, baseline=pad, argnums=1
         ),
         "attention_rollout": xv.attention_rollout(planted.forward),
     }
@@ -207,7 +207,7 @@ def test_what_is_exact_is_supported_and_its_inverse_is_not(squared):
     )
     assert found.methods["exact"].word == "supported"
     assert found.methods["inverse"].word == "not supported"
-    assert found.methods["luck"].word in ("not supported", "inconclusive")
+    assert found.methods["luck"].word != "supported"
     assert {v.partition(":")[0] for v in found.methods["exact"].slices.values()} == {
         "supported"
     }
