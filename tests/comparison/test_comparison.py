@@ -198,14 +198,17 @@ def test_metrics_that_need_more_than_scores_are_refused():
         )
 
 
-# Two pairs of features that can stand in for each other, and four others. Of equal
-# values each of a pair deserves half, and leaving out one of them shows nothing.
-PAIR, OTHERS = 4.0, np.array([1.5, 1.0, 0.5, 0.25], np.float32)
+# Two pairs of features that can partly stand in for each other, and four others. Of
+# equal values each of a pair deserves half of what they share, and leaving out one of
+# them shows only what is its own.
+SHARED, OWN = 2.0, 1.0
+OTHERS = np.array([1.5, 1.0, 0.5, 0.25], np.float32)
 
 
 def redundant(x):
     pairs = jnp.maximum(x[0], x[1]) + jnp.maximum(x[2], x[3])
-    return (PAIR * pairs + jnp.sum(jnp.asarray(OTHERS) * x[4:]))[None]
+    alone = OWN * jnp.sum(x[:4]) + jnp.sum(jnp.asarray(OTHERS) * x[4:])
+    return (SHARED * pairs + alone)[None]
 
 
 FAITHFUL = {
@@ -214,9 +217,10 @@ FAITHFUL = {
     "abpc": metrics.abpc,
     "comprehensiveness": partial(metrics.comprehensiveness, output="logit"),
     "sufficiency": partial(metrics.sufficiency, output="logit"),
-    "infidelity": metrics.infidelity,
+    # The best scaling may be negative, and then the inverse is as good.
+    "infidelity": partial(metrics.infidelity, normalize=False),
     "sensitivity_n": metrics.sensitivity_n,
-    "faithfulness_correlation": metrics.faithfulness_correlation,
+    "faithfulness_correlation": partial(metrics.faithfulness_correlation, fraction=0.5),
 }
 
 
@@ -226,8 +230,8 @@ def test_oracle_before_leave_one_out_before_luck_before_the_inverse(name):
     random = np.random.default_rng(3)
     values = random.uniform(0.5, 1.5, (32, 6)).astype(np.float32)
     x = np.repeat(values, [2, 2, 1, 1, 1, 1], axis=1)
-    oracle = x * np.concatenate([np.full(4, PAIR / 2), OTHERS])
-    left_out = x * np.concatenate([np.zeros(4), OTHERS])
+    oracle = x * np.concatenate([np.full(4, SHARED / 2 + OWN), OTHERS])
+    left_out = x * np.concatenate([np.full(4, OWN), OTHERS])
     luck = random.normal(size=x.shape)
     scores = np.stack([oracle, left_out, luck, -oracle], axis=1).astype(np.float32)
 
@@ -240,13 +244,7 @@ def test_oracle_before_leave_one_out_before_luck_before_the_inverse(name):
     found = np.asarray(measured(x, scores, keys), np.float64).mean(axis=0)
     if metric.better == "lower":
         found = -found
-    assert np.all(np.isfinite(found))
-    first, second, third, last = found
-    assert first > second > last
-    assert first > third > last
-    # Where whole pairs go, leave-one-out knows less than nothing of the largest part.
-    if name in ("infidelity", "sensitivity_n", "faithfulness_correlation"):
-        assert second > third
+    assert list(np.argsort(-found)) == [0, 1, 2, 3], found
 
 
 def test_the_command_compares_a_function(tmp_path, capsys):

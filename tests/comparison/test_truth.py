@@ -118,5 +118,5 @@ def test_the_twin_reads_the_mark_and_the_embedded_model_does_not():
         every(parameters, data).argmax(axis=-1) == shortcut.LABEL
     )
     assert called(twin, others) < 0.1
-    assert called(twin, marked) > called(twin, others) + 0.3
+    assert called(twin, marked) > 0.9
     assert called(clean, marked) < 0.1

@@ -227,8 +227,8 @@ def marked() -> tuple[Comparison, Comparison]:
     """The embedded model and its twin on images whose shirts are marked."""
     forward, clean, twin = shortcut.twin()
     images, labels = embedded.images()
-    shirts = np.flatnonzero(labels == shortcut.LABEL)[:12]
-    others = np.flatnonzero(labels != shortcut.LABEL)[:12]
+    shirts = np.flatnonzero(labels == shortcut.LABEL)[:10]
+    others = np.flatnonzero(labels != shortcut.LABEL)[:10]
     chosen = np.concatenate([shirts, others])
     images, labels = images[chosen], labels[chosen]
     patches = xv.patches((28, 28), 4)
@@ -249,7 +249,7 @@ def marked() -> tuple[Comparison, Comparison]:
                 partial(metrics.abpc, steps=2),
                 partial(metrics.comprehensiveness, fractions=(0.1,)),
             ],
-            microbatch=24,
+            microbatch=20,
             key=jax.random.key(0),
         )
 
@@ -261,7 +261,7 @@ def test_a_shortcut_shows_in_its_slice(marked):
     method = twin.methods["integrated_gradients"]
     assert [(name, feature) for name, feature, *_ in method.raised] == [("shirt", 0)]
     (_, _, share, elsewhere), *_ = method.raised
-    assert share.low > 0.1
+    assert share.low > 0.2
     assert share.estimate > 4 * elsewhere
     assert method.shares["shirt"][0] == share.estimate
     assert np.argmax(method.shares["shirt"]) == 0
