@@ -107,8 +107,7 @@ def passes(forward: Callable, count: int) -> Callable:
 
 def over_the_floor(images: np.ndarray, rounds: int) -> list[Pair]:
     forward, parameters = embedded.functional()
-    images = jnp.asarray(images)
-    scores, targets = explanations(forward, parameters, np.asarray(images))
+    scores, targets = explanations(forward, parameters, images)
     keys = jax.random.split(jax.random.key(0), len(images))
     groups = xv.patches((SIDE, SIDE), PATCH)
     options = {"groups": groups, "argnums": 1}

@@ -180,6 +180,7 @@ def exact(weights, squared):
         return xv.Attribution(scores=-parts(x, target), output=model(x)[target])
 
     def luck(x, target=None, key=None):
+        assert key is not None
         scores = jax.random.normal(key, x.shape)
         return xv.Attribution(scores=scores, output=model(x)[target])
 

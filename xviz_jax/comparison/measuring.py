@@ -77,12 +77,11 @@ def explained(
     if chance is not None:
         probes = problem.rows(np.arange(min(PROBES, count)))
         of_chance = problem.run(method, probes, chance).attribution.scores
+    everywhere = np.ones(count, bool)
     return Explained(
         scores=found.scores[:count],
-        finite=diagnostics["finite"][:count],
-        converged=diagnostics.get("converged", np.ones(len(found.scores), bool))[
-            :count
-        ],
+        finite=np.asarray(diagnostics["finite"])[:count],
+        converged=np.asarray(diagnostics.get("converged", everywhere))[:count],
         of_another=None if others is None else found.scores[count:],
         of_chance=of_chance,
         evaluations=evaluations,
@@ -167,7 +166,8 @@ def measured(
         return jax.lax.map(each, row["scores"])
 
     rows = problem.rows(scores=scores.astype(np.float32))
-    values, reasons = problem.run(one, rows).attribution
+    found: Any = problem.run(one, rows).attribution
+    values, reasons = found
     return np.asarray(values, np.float64), np.asarray(reasons)
 
 

@@ -205,15 +205,14 @@ class Comparison:
         # Takes longer to import than JAX.
         from xviz_jax.plotting.faithfulness import faithfulness
 
-        metric = self.settings["evidence"][0] if metric is None else metric
+        chosen: str = self.settings["evidence"][0] if metric is None else metric
         imputers = self.settings["imputers"]
 
         def place(ranking: str) -> list[tuple[float, float, float]]:
-            found = [self.summary(ranking, metric, each).place for each in imputers]
-            return [
-                (math.nan,) * 3 if each is None else dataclasses.astuple(each)
-                for each in found
-            ]
+            found = [self.summary(ranking, chosen, each).place for each in imputers]
+            none = Interval(math.nan, math.nan, math.nan)
+            known = [none if each is None else each for each in found]
+            return [(each.estimate, each.low, each.high) for each in known]
 
         return faithfulness(
             {name: place(name) for name in self.methods},
@@ -221,7 +220,7 @@ class Comparison:
             {name: each.word for name, each in self.methods.items()},
             {name: place(name) for name in CONTROLS},
             imputers=imputers,
-            metric=metric,
+            metric=chosen,
             ax=ax,
         )
 
