@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -145,8 +146,8 @@ def test_numbers_that_are_not_numbers_are_null(tmp_path):
 
 def test_the_figure(found):
     axes = found.plot()
-    labels = [text.get_text() for text in axes.texts]
-    assert "broken\nnot supported" in labels
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert {"broken: not supported", "random", "position only"} <= set(labels)
     assert axes.get_ylabel().startswith("abpc")
     mine = Figure().add_subplot()
     assert found.plot(mine, metric="comprehensiveness") is mine
@@ -260,6 +261,23 @@ def test_the_command_compares_a_function(tmp_path, capsys):
     for name, method in read.methods.items():
         assert f"{name}: {method.word}" in said
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_compares_a_published_vision_transformer(tmp_path):
+    folder = Path(__file__).parents[1] / "models" / "goldens" / "vision" / "vit"
+    images = np.random.default_rng(0).normal(size=(8, 16, 16, 3))
+    np.save(tmp_path / "images.npy", images.astype(np.float32))
+    asked = ["compare", "--model", str(folder), "--out", str(tmp_path / "out")]
+    asked += ["--data", str(tmp_path / "images.npy"), "--microbatch", "8"]
+    asked += ["--methods", "attention_rollout", "--steps", "2"]
+    assert cli.main(asked) == 0
+    read = Comparison.load(tmp_path / "out" / "comparison.json")
+    # Patches of four pixels, as the model's own; its class token is none of them.
+    assert read.settings["features"] == 16
+    method = read.methods["attention_rollout"]
+    assert method.word == "not applicable"
+    assert method.similarity_under_chance is not None
+    assert sum(method.shares["all"]) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(

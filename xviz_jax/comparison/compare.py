@@ -103,8 +103,8 @@ def compare(
       draws: Random rankings of each record, at least 20.
       resamples: Of the bootstrap.
       level: Of the intervals.
-      share: A feature that carries at least this share of a slice is raised,
-      times: if it carries as many times less in the other records.
+      share: Of a slice's absolute scores; a feature that carries more is raised,
+      times: if it is this many times what it carries in the other records.
       microbatch: Records computed at once.
       progress: Called with the name of what is computed next.
 

@@ -12,7 +12,7 @@ _COLORS = {
     "not applicable": "tab:gray",
     "inconclusive": "tab:orange",
 }
-_MARKERS = "osD^v"
+_MARKERS = "osD^vPX*<>"
 
 # An estimate, and the ends of its interval.
 Bounds = tuple[float, float, float]
@@ -30,7 +30,9 @@ def faithfulness(
 ) -> Axes:
     """Draws each method's interval over its cost, one for each imputer.
 
-    Faithfulness runs from 0, a random ranking, to 1, leave-one-out; what a control
+    A method has a marker, filled for the first imputer and hollow for others, and the
+    colour of its verdict: green if it is supported, red if it is not, orange if that is
+    open, gray if it answers another question. Faithfulness runs from 0, a random ranking, to 1, leave-one-out; what a control
     reaches is shaded.
 
     Args:
@@ -66,47 +68,37 @@ def faithfulness(
             f"{list(costs)} and {list(words)}"
         )
     if ax is None:
-        ax = Figure(figsize=(7, 4.2), layout="constrained").add_subplot()
+        ax = Figure(figsize=(7.5, 3.8), layout="constrained").add_subplot()
     _shade(ax, controls)
     ax.axhline(1, color="black", lw=0.8, ls="--")
     spread = 1.12 ** (np.arange(len(imputers)) - (len(imputers) - 1) / 2)
-    tops: list[tuple[str, float, float]] = []
-    for name, bounds in places.items():
-        drawn = []
+    for order, (name, bounds) in enumerate(places.items()):
+        style = {
+            "fmt": _MARKERS[order % len(_MARKERS)],
+            "color": _COLORS.get(words[name], "black"),
+            "ms": 6,
+            "capsize": 2,
+        }
         for number, (estimate, low, high) in enumerate(bounds):
-            if not np.isfinite(estimate):
-                continue
+            ends = [[max(estimate - low, 0)], [max(high - estimate, 0)]]
             ax.errorbar(
                 costs[name] * spread[number],
                 estimate,
-                yerr=[[max(estimate - low, 0)], [max(high - estimate, 0)]],
-                fmt=_MARKERS[number % len(_MARKERS)],
-                color=_COLORS.get(words[name], "black"),
-                ms=5,
-                capsize=2,
+                # Of no interval there is nothing to draw but the name.
+                yerr=ends if np.isfinite(estimate) else None,
+                label=f"{name}: {words[name]}" if number == 0 else None,
+                mfc=None if number == 0 else "white",
+                **style,
             )
-            drawn.append(high)
-        tops.append((name, costs[name], max(drawn, default=0.0)))
-    for name, cost, top in tops:
-        ax.annotate(
-            f"{name}\n{words[name]}",
-            (cost, top),
-            xytext=(0, 5),
-            textcoords="offset points",
-            ha="center",
-            fontsize=7,
-            color=_COLORS.get(words[name], "black"),
-            parse_math=False,
-        )
-    for number, name in enumerate(imputers):
-        marker = _MARKERS[number % len(_MARKERS)]
-        ax.plot([], [], marker, color="black", ms=5, label=name)
     ax.set_xscale("log")
-    ax.margins(x=0.25, y=0.2)
+    ax.margins(x=0.25, y=0.1)
     ax.set_xlabel("milliseconds per input")
     ax.set_ylabel(f"{metric}: random 0, leave-one-out 1", parse_math=False)
+    ax.set_title(f"filled: {imputers[0]}; hollow: {', '.join(imputers[1:])}")
+    ax.title.set(fontsize=8, parse_math=False)
     legend = ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     for text in legend.get_texts():
+        # A name is data: a dollar sign in it must not start a formula.
         text.set_parse_math(False)
     return ax
 
