@@ -268,7 +268,7 @@ def pointed(
     row = grouped(name, args, argnums, groups)
     given, number, scores = split(name, args, argnums)
     whole = jnp.shape(scores if groups is None else given[number])
-    mask = jnp.asarray(mask) != 0
+    mask = jnp.asarray(mask).astype(bool)
     if mask.shape == row.shape:
         return row, mask
     if mask.ndim == 0 or mask.shape != whole[: mask.ndim]:
