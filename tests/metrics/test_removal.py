@@ -8,7 +8,7 @@ import scipy.special
 
 import xviz_jax as xv
 from tests.contract.quick import quick_compilation as quick_compilation
-from xviz_jax.metrics import Reason, curves, imputers
+from xviz_jax.metrics import Reason, curves, features, imputers
 
 KEY = jax.random.key(0)
 WEIGHTS = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
@@ -63,7 +63,9 @@ def test_curves(kind):
 
 def test_curves_with_fewer_points_than_features():
     options = {"steps": 3, "chunk": 2}
-    measure = lambda metric: metric(linear, **options)(X, SCORES, target=1)
+    measure = lambda metric: jax.jit(
+        lambda x: metric(linear, **options)(x, SCORES, target=1)
+    )(X)
     sizes = [0, 3, 5, 8]
     found = measure(xv.metrics.deletion)
     np.testing.assert_allclose(
@@ -109,6 +111,20 @@ def test_scores_are_summed_within_features_or_taken_as_they_are():
     jax.tree.map(np.testing.assert_array_equal, whole, by_function(X, SCORES, target=1))
 
 
+@pytest.mark.parametrize("count", [4, 40])
+def test_sums_within_features_of_any_size(count):
+    """Even ones, and one that is much larger than the others."""
+    numbers = (
+        np.arange(120) % count if count == 4 else np.maximum(np.arange(120) - 80, 0)
+    )
+    numbers = np.random.default_rng(4).permutation(numbers)
+    scores = np.random.default_rng(5).normal(size=120).astype(np.float32)
+    found = features.by_feature(scores, numbers, count)
+    np.testing.assert_allclose(
+        found, np.bincount(numbers, scores, minlength=count), atol=1e-5
+    )
+
+
 def test_a_pytree_is_one_input():
     model = lambda x: linear(jnp.concatenate([x["a"], x["b"].ravel()]))
     split = lambda row: {
@@ -146,25 +162,27 @@ def test_correlations_of_a_linear_model(name):
 
 def test_infidelity_of_a_linear_model():
     true = WEIGHTS[1] * X
-    of = lambda scores, **options: xv.metrics.infidelity(linear, **options)(
-        X, scores, target=1, key=KEY
-    )
-    for scale in (1.0, 5.0, 1e30):
-        found = of(true * np.float32(scale))
+
+    def of(**options):
+        measure = xv.metrics.infidelity(linear, **options)
+        return jax.jit(lambda scores: measure(X, scores, target=1, key=KEY))
+
+    fitted, plain = of(), of(normalize=False)
+    for scale in np.array([1, 5, 1e30], np.float32):
+        found = fitted(true * scale)
         assert found.value < 1e-9 and found.details["unexplained"] < 1e-9
         np.testing.assert_allclose(found.details["scaling"] * scale, 1, rtol=1e-5)
-    assert of(true, normalize=False).value < 1e-9
-    # Scores twice as large are off by as much as the output loses.
-    found = of(2 * true, normalize=False)
-    np.testing.assert_allclose(found.details["unexplained"], 1, rtol=1e-4)
     # The opposite is no better than nothing.
-    opposite = of(-true)
+    opposite = fitted(-true)
     assert opposite.details["scaling"] == 0
     np.testing.assert_allclose(opposite.details["unexplained"], 1, rtol=1e-5)
+    assert plain(true).value < 1e-9
+    # Scores twice as large are off by as much as the output loses.
+    np.testing.assert_allclose(plain(2 * true).details["unexplained"], 1, rtol=1e-4)
     # With moves of the input, the gradient is what is faithful.
-    noise = {"perturbation": 0.3, "normalize": False}
-    assert of(WEIGHTS[1], **noise).value < 1e-9
-    assert of(true, **noise).value > 1e-3
+    moved = of(perturbation=0.3, normalize=False)
+    assert moved(WEIGHTS[1]).value < 1e-9
+    assert moved(true).value > 1e-3
 
 
 def test_completeness():
