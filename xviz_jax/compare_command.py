@@ -217,7 +217,8 @@ def subject_of(model: str, data: Path | None, limit: int | None) -> Subject:
         raise ValueError(f"the model reads {kind}; {data} holds {records.dtype}")
     if not reads:
         forward, parameters = loaded.functional()
-        side = getattr(loaded.config, "patch_size", None)
+        # All vision models here cut images into patches, square in most.
+        side = max(loaded.config.patch)
         return Subject(forward=forward, shared=(parameters,), patch=side, **given)
     words = models.text(Path(model))
     # A decoder is read at its last token.

@@ -18,7 +18,7 @@ imputers = metrics.imputers
 SHORT = partial(metrics.abpc, steps=5)
 
 
-def of_program(name, methods, *, argument=True, count=48, **options):
+def of_program(name, methods, *, argument=True, count=48, quadrature=(), **options):
     """A comparison on random inputs and positions of one compiled program."""
     program = compiled.load(name)
     random = np.random.default_rng(0)
@@ -44,7 +44,7 @@ def of_program(name, methods, *, argument=True, count=48, **options):
     known = {
         "attention_rollout": rollout,
         "integrated_gradients": xv.integrated_gradients(
-            forward, baseline=nothing, argnums=len(shared)
+            forward, baseline=nothing, argnums=len(shared), **dict(quadrature)
         ),
     }
     return xv.compare(
@@ -66,7 +66,8 @@ def of_program(name, methods, *, argument=True, count=48, **options):
 
 def test_rollout_is_refused_on_reverse():
     both = ("attention_rollout", "integrated_gradients")
-    found = of_program("reverse", both)
+    few = {"steps": 16, "tolerance": 0.1}
+    found = of_program("reverse", both, quadrature=few)
     assert found.verdict["attention_rollout"].startswith("not applicable: ")
     assert found.methods["attention_rollout"].class_blind
     assert found.verdict["integrated_gradients"].startswith("supported: ")
@@ -93,7 +94,7 @@ def of_planted(seed, texts):
     pad = xv.baselines.tokens(nothing)
     explainers = {
         "integrated_gradients": xv.integrated_gradients(
-            planted.forward, baseline=pad, argnums=1
+            planted.forward, baseline=pad, steps=64, tolerance=0.1, argnums=1
         ),
         "attention_rollout": xv.attention_rollout(planted.forward),
     }
@@ -117,8 +118,8 @@ def of_planted(seed, texts):
 
 
 def test_planted_tokens_are_found_by_supported_methods_and_decoys_never():
-    texts = planted.texts(32)
-    rows, hits = np.arange(32), []
+    texts = planted.texts(24)
+    rows, hits = np.arange(24), []
     for seed in range(planted.SEEDS):
         found, scores = of_planted(seed, texts)
         assert found.methods["integrated_gradients"].word == "supported", seed
@@ -228,8 +229,8 @@ def marked() -> tuple[Comparison, Comparison]:
     """The embedded model and its twin on images whose shirts are marked."""
     forward, clean, twin = shortcut.twin()
     images, labels = embedded.images()
-    shirts = np.flatnonzero(labels == shortcut.LABEL)[:10]
-    others = np.flatnonzero(labels != shortcut.LABEL)[:10]
+    shirts = np.flatnonzero(labels == shortcut.LABEL)[:8]
+    others = np.flatnonzero(labels != shortcut.LABEL)[:4]
     chosen = np.concatenate([shirts, others])
     images, labels = images[chosen], labels[chosen]
     patches = xv.patches((28, 28), 4)
@@ -250,7 +251,7 @@ def marked() -> tuple[Comparison, Comparison]:
                 partial(metrics.abpc, steps=2),
                 partial(metrics.comprehensiveness, fractions=(0.1,)),
             ],
-            microbatch=20,
+            microbatch=12,
             key=jax.random.key(0),
         )
 

@@ -89,5 +89,5 @@ def entropy(row: jax.Array, bins: int) -> jax.Array:
     width = jnp.where(high > low, high - low, 1)
     place = jnp.floor((row - low) / width * bins).astype(jnp.int32)
     number = jnp.clip(place, 0, bins - 1)
-    share = jnp.zeros(bins).at[number].add(1 / len(row))
+    share = jnp.zeros(bins, jnp.int32).at[number].add(1).astype(jnp.float32) / len(row)
     return jnp.sum(jax.scipy.special.entr(share))

@@ -156,9 +156,7 @@ def by_feature(scores: Any, labels: Any, count: int) -> jax.Array:
     if alike and shapes == wanted:
         flat = flattened(scores)
         numbers = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(labels)])
-        if np.array_equal(numbers, np.arange(count)):
-            return flat
-        return jax.ops.segment_sum(flat, numbers, count)
+        return _sums(flat, numbers, count)
     if shapes == [(count,)]:
         return flattened(scores)
     raise ValueError(
@@ -167,6 +165,21 @@ def by_feature(scores: Any, labels: Any, count: int) -> jax.Array:
         "`scores.ravel()` for a grid); what belongs to no feature, like a class token, "
         "is cut off first, by `scores[1:]`"
     )
+
+
+def _sums(flat: jax.Array, numbers: np.ndarray, count: int) -> jax.Array:
+    """The sum of each feature's scores, in an order that no device changes."""
+    if np.array_equal(numbers, np.arange(count)):
+        return flat
+    sizes = np.bincount(numbers, minlength=count)
+    if count * sizes.max() > 16 * len(numbers):
+        return jax.ops.segment_sum(flat, numbers, count)
+    # A row for each feature, filled up to the largest one.
+    place = np.arange(sizes.max())[None]
+    own = place < sizes[:, None]
+    first = (np.cumsum(sizes) - sizes)[:, None]
+    where = np.argsort(numbers, kind="stable")[np.where(own, first + place, 0)]
+    return jnp.sum(jnp.where(own, flat[where], 0), axis=1)
 
 
 def flattened(scores: Any) -> jax.Array:
@@ -268,7 +281,7 @@ def pointed(
     row = grouped(name, args, argnums, groups)
     given, number, scores = split(name, args, argnums)
     whole = jnp.shape(scores if groups is None else given[number])
-    mask = jnp.asarray(mask) != 0
+    mask = jnp.asarray(mask).astype(bool)
     if mask.shape == row.shape:
         return row, mask
     if mask.ndim == 0 or mask.shape != whole[: mask.ndim]:

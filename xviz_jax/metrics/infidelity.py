@@ -46,8 +46,8 @@ def infidelity(
       perturbation: None to take features away; the standard deviation of normal noise,
         in units of the input; or a function `(x, key) -> [samples, *x.shape]` of what
         is taken from the input, of as many samples as it likes.
-      normalize: Whether scores are first multiplied by the one number that makes the
-        mean square least, so that only their direction counts.
+      normalize: Whether scores are first multiplied by the one number, at least 0, that
+        makes the mean square least, so that only their direction counts.
       samples: Sets, or draws of noise.
       imputer: What takes the place of absent features, of `xv.metrics.imputers`; None
         for zeros (of tokens, their embeddings).
@@ -72,7 +72,8 @@ def infidelity(
     >>> round(float(measure(x, 2 * x, key=jax.random.key(0)).value), 4)
     0.0
 
-    Source: definition 2.1 of the paper; the scaling is that of its authors' code.
+    Source: definition 2.1 of the paper. The scaling is captum's, but where that is
+    negative, so that the opposite of good scores is not good.
     """
     chunks.positive(samples, "samples")
     chunks.positive(chunk, "chunk")
@@ -96,10 +97,14 @@ def infidelity(
                 *given, perturbation, samples, output, key, chunk
             )
         lost = outputs[0] - outputs[1:]
-        # At the size of 1, squares neither overflow nor vanish.
-        size = jnp.max(jnp.abs(row))
-        sums = sums / size
-        scaling = jnp.sum(sums * lost) / jnp.sum(sums * sums) if normalize else size
+        size = scaling = jnp.float32(1)
+        if normalize:
+            # At the size of 1, squares neither overflow nor vanish.
+            size = jnp.max(jnp.abs(row))
+            sums = sums / size
+            # Never below zero, which would take scores for their opposite.
+            best = jnp.sum(sums * lost) / jnp.sum(sums * sums)
+            scaling = jnp.maximum(best, 0)
         apart = jnp.mean((scaling * sums - lost) ** 2)
         checks = features.checks(row, outputs)
         if normalize:

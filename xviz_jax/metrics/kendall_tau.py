@@ -36,11 +36,7 @@ def kendall_tau(a: Any, b: Any, *, chunk: int = 64) -> Measurement:
     first, second = similarity.pair("kendall_tau", a, b)
 
     def against(place: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        # Differences overflow and vanish; comparisons do not.
-        one, other = (
-            (each[place] > each).astype(jnp.int32) - (each[place] < each)
-            for each in (first, second)
-        )
+        one, other = (_order(each[place], each) for each in (first, second))
         return jnp.sum(one * other), jnp.sum(one != 0), jnp.sum(other != 0)
 
     rows = chunks.each(against, jnp.arange(len(first)), chunk)
@@ -48,3 +44,9 @@ def kendall_tau(a: Any, b: Any, *, chunk: int = 64) -> Measurement:
     alike, untied, other_untied = (jnp.sum(row.astype(jnp.float32)) for row in rows)
     value = alike / jnp.sqrt(untied) / jnp.sqrt(other_untied)
     return conclude(jnp.clip(value, -1, 1), similarity.checks(first, second))
+
+
+def _order(one: jax.Array, others: jax.Array) -> jax.Array:
+    """Whether a score is above, 1, or below, -1, each of the others."""
+    # Differences overflow and vanish; comparisons do not.
+    return (one > others).astype(jnp.int32) - (one < others).astype(jnp.int32)

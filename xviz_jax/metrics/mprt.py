@@ -82,23 +82,19 @@ def mprt(
         parameters = given[place]
         numbers = shuffling.layers_of(parameters, layers)
         count = 1 + max(numbers)
+        if order == "top_down":
+            numbers = [count - 1 - number for number in numbers]
         held = attribution.hold(target, model(*given))
         row = flattened(scores)
         first, second = jax.random.split(key)
         wrong = shuffling.shuffled(parameters, randomize, first)
 
         def after(turn: jax.Array) -> tuple[jax.Array, jax.Array]:
-            """What is left of the likeness after so many turns."""
+            """The likeness with this layer and those before it randomised."""
             leaves, tree = jax.tree.flatten(parameters)
+            triples = zip(numbers, jax.tree.leaves(wrong), leaves, strict=True)
             mixed = [
-                jnp.where(
-                    (number if order == "bottom_up" else count - 1 - number) <= turn,
-                    new,
-                    old,
-                )
-                for number, new, old in zip(
-                    numbers, jax.tree.leaves(wrong), leaves, strict=True
-                )
+                jnp.where(number <= turn, new, old) for number, new, old in triples
             ]
             filled = list(given)
             filled[place] = jax.tree.unflatten(tree, mixed)

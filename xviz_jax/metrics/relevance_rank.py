@@ -54,6 +54,7 @@ def relevance_rank(
         equal = (Reason.NO_VARIANCE, jnp.max(row) == jnp.min(row))
         chance = jnp.mean(inside.astype(jnp.float32))
         checks = [*mask_checks(row, inside), equal]
-        return conclude(jnp.sum(filled) / size, checks, chance=chance)
+        value = jnp.sum(filled) / size.astype(jnp.float32)
+        return conclude(value, checks, chance=chance)
 
     return Metric("relevance_rank", "higher", frozenset({"mask"}), measure)

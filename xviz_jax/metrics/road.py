@@ -29,7 +29,7 @@ def road(
     over many images is the area under the paper's curve. What is taken away is painted
     over from its neighbours (`imputers.noisy_linear`), so that the shape of the hole
     tells little of the class, and no model is trained again. Costs one forward pass and
-    one system of linear equations for each fraction, and one forward pass more.
+    one system of linear equations for each fraction, and two forward passes more.
 
     Args:
       model: Maps one image to logits; any JAX function.
@@ -65,11 +65,14 @@ def road(
             raise ValueError(f"`road` is for a target that is a class, got {target}")
         seen = prepare("road", model, args, argnums, target, groups, taken, "margin")
         sizes = np.floor(shares * seen.count + 0.5).astype(int)
-        margin = curves.values(seen, key, chunk, remove=sizes)
+        # With nothing left too, a model that nothing changes is told from scores that
+        # miss what does.
+        found = curves.values(seen, key, chunk, remove=np.array([seen.count, *sizes]))
+        margin = found[1:]
         kept = (margin >= 0).astype(jnp.float32)
         return conclude(
             jnp.mean(kept),
-            [*seen.checks(margin), seen.equal],
+            [*seen.checks(found), seen.equal],
             fraction=jnp.asarray(sizes / seen.count, jnp.float32),
             kept=kept,
             margin=jnp.concatenate([seen.output[None], margin]),

@@ -82,7 +82,7 @@ def sensitivity_max(
         def change(other: Any) -> jax.Array:
             filled = list(given)
             filled[number] = other
-            found = again.scores(explain, filled, held, second, scores)
+            found = _explained(explain, filled, held, second, scores)
             return jnp.linalg.norm((found - row) / size)
 
         others = _others(given[number], radius, relative, samples, first)
@@ -92,6 +92,20 @@ def sensitivity_max(
         return conclude(jnp.max(moved), checks, change=moved)
 
     return Metric("sensitivity_max", "lower", frozenset({"key", "explain"}), measure)
+
+
+def _explained(
+    explain: Callable, args: list[Any], held: Any, key: jax.Array, scores: Any
+) -> jax.Array:
+    try:
+        return again.scores(explain, args, held, key, scores)
+    except (AttributeError, IndexError, TypeError) as error:
+        if not any(isinstance(each, NoisyTokens) for each in args):
+            raise
+        raise ValueError(
+            "`sensitivity_max` moves the embeddings of tokens, and this method is not "
+            "explained at embeddings"
+        ) from error
 
 
 def _others(
