@@ -1,4 +1,4 @@
-"""Attention flow against flows by hand, by scipy in integers, and by linear programs."""
+"""Attention flow against flows by hand, by scipy in integers, by linear programs."""
 
 from functools import partial
 
@@ -153,8 +153,12 @@ def test_of_one_layer_it_is_the_fused_row():
     network = NETWORKS["one layer"]
     x = jnp.float32(network.input())
     for heads in ("mean", "max", "min"):
-        flow = xv.attention_flow(network, heads=heads)(x).diagnostics
-        rollout = xv.attention_rollout(network, heads=heads)(x).scores
+        flow, rollout = jax.jit(
+            lambda x, heads=heads: (
+                xv.attention_flow(network, heads=heads)(x).diagnostics,
+                xv.attention_rollout(network, heads=heads)(x).scores,
+            )
+        )(x)
         np.testing.assert_allclose(flow["flow"], rollout, rtol=1e-6)
         assert flow["optimality_gap"] == 0
 
@@ -185,7 +189,9 @@ def test_two_layers_by_hand():
 def test_padding_and_chunks_change_nothing():
     network = NETWORKS["padded"]
     few, many = (
-        xv.attention_flow(network, chunk=chunk)(jnp.float32(network.input(pad)))
+        jax.jit(xv.attention_flow(network, chunk=chunk))(
+            jnp.float32(network.input(pad))
+        )
         for pad, chunk in ((1, 3), (6, 64))
     )
     own = slice(network.length)
