@@ -13,6 +13,7 @@ import xviz_jax as xv
 from tests.attention.test_methods import NETWORKS, Network, fused
 from tests.contract.quick import quick_compilation as quick_compilation
 from xviz_jax.attention import max_flow
+from xviz_jax.attention.attention_rollout import Heads
 
 # Of scipy, which takes integers: each edge of a cut loses less than 1 / UNIT.
 UNIT = 2**30
@@ -151,16 +152,16 @@ def test_flows_of_a_linear_program(depth):
 
 def test_of_one_layer_it_is_the_fused_row():
     network = NETWORKS["one layer"]
-    x = jnp.float32(network.input())
+
+    def both(x, heads: Heads):
+        rollout = xv.attention_rollout(network, heads=heads)(x)
+        return xv.attention_flow(network, heads=heads)(x).diagnostics, rollout.scores
+
     for heads in ("mean", "max", "min"):
-        flow, rollout = jax.jit(
-            lambda x, heads=heads: (
-                xv.attention_flow(network, heads=heads)(x).diagnostics,
-                xv.attention_rollout(network, heads=heads)(x).scores,
-            )
-        )(x)
-        np.testing.assert_allclose(flow["flow"], rollout, rtol=1e-6)
-        assert flow["optimality_gap"] == 0
+        run = jax.jit(partial(both, heads=heads))
+        found, rollout = run(jnp.float32(network.input()))
+        np.testing.assert_allclose(found["flow"], rollout, rtol=1e-6)
+        assert found["optimality_gap"] == 0
 
 
 def test_two_layers_by_hand():

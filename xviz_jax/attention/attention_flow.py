@@ -26,14 +26,14 @@ def attention_flow(
     The layers are a network: from each position of a layer to each of the one below
     leads an edge, as wide as attention with its residual connection. A score is the
     maximum flow from the explained position at the top to one input, each input
-    alone. Where rollout multiplies along a path and adds up paths, a path here
-    carries its narrowest edge, and paths share edges; scores are therefore flatter.
-    Class-blind. Never negative; scores are divided by their sum, and so add up to
-    one. Costs one forward pass, and for each input a flow of 5 to 50 sweeps over all
-    maps, and `chunk` of them at once: memory grows with
-    `chunk * depth * length ** 2`, and time with `depth * length ** 3`. Hundreds of
-    positions take minutes on a CPU; `attention_rollout` is for the rest. Computes
-    in float32; flows are exact, in integers.
+    alone: where rollout multiplies along a path and adds up paths, a path here carries
+    what its narrowest edge lets through, and paths share edges. Class-blind. Never
+    negative; scores are divided by their sum, and so add up to one. Costs one forward
+    pass, and to each input a flow by tens of sweeps over all maps, or a hundred where
+    they are causal, `chunk` inputs at once: memory grows with
+    `chunk * depth * length ** 2`, and time with `depth * length ** 3`. For short
+    sequences; `attention_rollout` is for longer ones. Computes in float32; flows are
+    found in integers, and so to the end.
 
     Args:
       model: Maps one example to logits; any JAX function, with its attention found

@@ -83,7 +83,8 @@ def _bounds(
     excess = _filled(jnp.broadcast_to(network.into, (len(middle), length)), 0)
     excess = jnp.concatenate([excess, whole(begin)[None]])
     sent, out = _filled(network.between, 0), _filled(network.into, 0)
-    start = _State(sent, out, excess, _distances(network, sent, out))
+    # Nothing moves in the first turn, which finds how far it is.
+    start = _State(sent, out, excess, 0 * excess)
 
     def turn(state: _State) -> _State:
         state = _push_up(network, _push_down(network, state))
@@ -105,8 +106,9 @@ def _push_down(network: _Network, state: _State) -> _State:
     def through(arrived: jax.Array, layer: tuple) -> tuple:
         room, excess, far, below = layer
         excess = excess + arrived
-        amounts = _amounts(excess, jnp.where(far[:, None] == below[None] + 1, room, 0))
-        return jnp.sum(amounts, axis=0), (amounts, excess - jnp.sum(amounts, axis=1))
+        room = jnp.where(far[None] == below[:, None] + 1, room.T, 0)
+        amounts = _amounts(excess, room)
+        return jnp.sum(amounts, axis=1), (amounts.T, excess - jnp.sum(amounts, axis=0))
 
     room = network.between - state.sent
     arrived, (amounts, left) = jax.lax.scan(
@@ -131,10 +133,8 @@ def _push_up(network: _Network, state: _State) -> _State:
     def through(arrived: jax.Array, layer: tuple) -> tuple:
         sent, excess, far, above = layer
         excess = excess + arrived
-        amounts = _amounts(
-            excess, jnp.where(far[:, None] == above[None] + 1, sent.T, 0)
-        )
-        return jnp.sum(amounts, axis=0), (amounts.T, excess - jnp.sum(amounts, axis=1))
+        amounts = _amounts(excess, jnp.where(far[None] == above[:, None] + 1, sent, 0))
+        return jnp.sum(amounts, axis=1), (amounts, excess - jnp.sum(amounts, axis=0))
 
     arrived, (amounts, left) = jax.lax.scan(
         through,
@@ -148,12 +148,10 @@ def _push_up(network: _Network, state: _State) -> _State:
 
 
 def _amounts(excess: jax.Array, room: jax.Array) -> jax.Array:
-    """Fills edges one after another, int32 `[from, to]`, until nothing is left."""
-    before = jax.lax.associative_scan(
-        lambda a, b: jnp.minimum(a + b, _FULL), room, axis=1
-    )
-    before = jnp.pad(before[:, :-1], ((0, 0), (1, 0)))
-    return jnp.clip(excess[:, None] - before, 0, room)
+    """Fills edges one after another, int32 `[to, from]`, until nothing is left."""
+    before = jax.lax.associative_scan(lambda a, b: jnp.minimum(a + b, _FULL), room)
+    before = jnp.pad(before[:-1], ((1, 0), (0, 0)))
+    return jnp.clip(excess[None] - before, 0, room)
 
 
 def _filled(like: jax.Array, value: int) -> jax.Array:
@@ -187,7 +185,6 @@ def _distances(network: _Network, sent: jax.Array, out: jax.Array) -> jax.Array:
     def turn(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         return pair[1], nearer(pair[1])
 
-    unknown = _filled(network.between[:, 0], _FAR)
-    far = jnp.concatenate([direct, unknown])
+    far = jnp.concatenate([direct, _filled(network.between[:, 0], _FAR)])
     changed = lambda pair: jnp.any(pair[0] != pair[1])
-    return jax.lax.while_loop(changed, turn, (far, nearer(far)))[1]
+    return jax.lax.while_loop(changed, turn, (0 * far, far))[1]
