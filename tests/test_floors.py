@@ -15,7 +15,7 @@ FLOORS = {
     "baselines": {"attribution"},
     "gradients": {"attribution", "baselines", "chunks", "tracing", "kernels"},
     "perturbation": {"attribution", "baselines", "chunks", "tracing"},
-    "attention": {"attribution", "tracing", "kernels"},
+    "attention": {"attribution", "chunks", "tracing", "kernels"},
     "batch": {"attribution"},
     "models": set(),
     "plotting": {"attribution"},
