@@ -90,6 +90,8 @@ def _bounds(
         state = _push_up(network, _push_down(network, state))
         return state._replace(far=_distances(network, state.sent, state.out))
 
+    # It ends: a position that keeps some has filled its shortest ways, and gets farther
+    # off, which is bounded; where none keeps any, all have come nearer to the sink.
     active = lambda state: jnp.any((state.excess > 0) & (state.far < _FAR))
     state = jax.lax.while_loop(active, turn, start)
     # What cannot reach the sink any more lies on the source's side of the cut.
