@@ -23,7 +23,7 @@ FLOORS = {
         "tracing",
     },
     "perturbation": {"attribution", "baselines", "chunks", "tracing"},
-    "attention": {"attribution", "tracing", "kernels"},
+    "attention": {"attribution", "chunks", "tracing", "kernels"},
     "batch": {"attribution"},
     "models": set(),
     "plotting": {"attribution"},

@@ -199,6 +199,9 @@ METHODS = [
     attention("attcat", xv.attcat, additive=True),
     Method("attn_lrp", xv.attn_lrp, linear=times, quadratic=True, additive=True),
     Method("cp_lrp", xv.cp_lrp, linear=times, quadratic=True, additive=True),
+    attention("attention_flow", xv.attention_flow, class_blind=True),
+    attention("legrad", xv.legrad),
+    attention("value_zeroing", xv.value_zeroing, class_blind=True),
     attention("attention_statistics", xv.attention_statistics, class_blind=True),
 ]
 

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from xviz_jax.tracing import Site
-from xviz_jax.tracing.program import trace
+from xviz_jax.tracing import Site, blocks
+from xviz_jax.tracing.program import Program, trace
 from xviz_jax.tracing.transforms import read, read_cotangents
 
 # A map of this size is read as the model made it: it fits a cache, and making it
@@ -94,8 +94,57 @@ def capture(
             own = found.pop(site.name)
             for kind in ("activation", "output_cotangent"):
                 ending = kind.removeprefix("activation").removeprefix("output")
-                found[name][f"stream{ending}"] = _sequence(site, own[kind])
-    return output, _in_order(sites, found)
+                found[name][f"stream{ending}"] = sequence(site, own[kind])
+    return output, in_order(sites, found)
+
+
+def capture_own(
+    model: Callable,
+    args: Sequence[Any],
+    scalar: Callable[[jax.Array, jax.Array], jax.Array],
+    last: str | None = None,
+) -> tuple[jax.Array, list[Layer]]:
+    """Runs a model and reads its self-attention, with each layer's own gradient.
+
+    Args:
+      model: Maps one example to logits.
+      args: Its positional arguments.
+      scalar: Maps what the model says if a layer were its last, and what it says, to
+        what is explained. Its gradient at the layer's attention is read.
+      last: As in `tracing.blocks.cut`.
+
+    Returns:
+      As `capture`.
+
+    Raises:
+      ValueError: As `cut`.
+    """
+    program = trace(model, tuple(args), {})
+    sites = self_attention(program.sites)
+    single = len(sites) == 1 and not sites[0].loops
+    wanted = {
+        site.name: ("value", *(_TILED if _is_tiled(site, sites) else _DENSE))
+        for site in sites
+    }
+    apart = cut(program, sites, last, needs_last=not single)
+    output, found = blocks.read_own_cotangents(apart, scalar, wanted)
+    return output, in_order(sites, found)
+
+
+def cut(
+    program: Program,
+    sites: Sequence[Site],
+    last: str | None = None,
+    *,
+    needs_last: bool = True,
+) -> blocks.Blocks:
+    """Cuts a model between its layers, as `tracing.blocks.cut`.
+
+    Raises:
+      ValueError: As there; and if a layer has no residual stream.
+    """
+    entries = {n: site.name for n, site in _streams(program.sites, sites).items()}
+    return blocks.cut(program, entries, last, needs_last=needs_last)
 
 
 def _streams(sites: Sequence[Site], layers: Sequence[Site]) -> dict[str, Site]:
@@ -117,7 +166,7 @@ def _streams(sites: Sequence[Site], layers: Sequence[Site]) -> dict[str, Site]:
     return found
 
 
-def _sequence(site: Site, array: jax.Array) -> jax.Array:
+def sequence(site: Site, array: jax.Array) -> jax.Array:
     """A stream `[*loops, length, features]`, without a batch of one."""
     return array.reshape(*site.loops, *array.shape[-2:])
 
@@ -195,7 +244,7 @@ def _to_read(site: Site, sites: Sequence[Site]) -> tuple[str, ...]:
     return _DENSE if dense or not _is_tiled(site, sites) else _TILED
 
 
-def _in_order(sites: Sequence[Site], found: dict[str, dict[str, Any]]) -> list[Layer]:
+def in_order(sites: Sequence[Site], found: dict[str, dict[str, Any]]) -> list[Layer]:
     """Layers in the order they run; a loop of one site stays one `Layer`."""
     placed: list[tuple[tuple[int, ...], Site, int | None]] = []
     arrays: dict[str, dict[str, jax.Array]] = {}
@@ -327,6 +376,29 @@ def attended(layers: Sequence[Layer]) -> jax.Array:
         bias = layer.values["bias"]
         seen &= jnp.any(bias > _MASKING_BIAS, axis=tuple(range(bias.ndim - 1)))
     return seen
+
+
+def seen(layer: Layer, position: jax.Array) -> jax.Array:
+    """Which keys a query of one layer attends, bool `[heads or 1, length]`."""
+    values, site = layer.values, layer.site
+    if "probabilities" in values:
+        return values["probabilities"][0][:, position] > 0
+    ahead = jnp.arange(site.shape[-1]) - position
+    allowed = jnp.ones(ahead.shape, bool)
+    if site.causal:
+        allowed &= ahead <= 0
+    left, right = site.window or (None, None)
+    if left is not None:
+        allowed &= ahead >= -left
+    if right is not None:
+        allowed &= ahead <= right
+    allowed = allowed[None]
+    row = lambda array: array[0, :, position if array.shape[-2] > 1 else 0]
+    if "remaining_mask" in values:
+        allowed = allowed & row(values["remaining_mask"])
+    if "bias" in values:
+        allowed = allowed & (row(values["bias"]) > _MASKING_BIAS)
+    return allowed
 
 
 def since(layers: Sequence[Layer], start: int) -> list[Layer]:

@@ -178,17 +178,12 @@ def product(
     Returns:
       The matrix, float32 `[query, key]`.
     """
-    kept, mixed = _shares(residual)
-    identity = jnp.eye(layers[-1].site.shape[-1], dtype=jnp.float32)
 
     def through(below: jax.Array, layer: Layer) -> jax.Array:
-        step = kept * identity + mixed * _matrix(layer, fusion)
-        if normalize and not fusion.keeps_sums:
-            total = jnp.sum(step, axis=-1, keepdims=True)
-            step = step / jnp.where(total == 0, 1, total)
+        step = _mixed(layer, fusion, residual, normalize)
         return jnp.matmul(step, below, precision="highest")
 
-    found = identity
+    found = jnp.eye(layers[-1].site.shape[-1], dtype=jnp.float32)
     for layer in layers:
         if layer.count is None:
             found = through(found, layer)
@@ -200,6 +195,31 @@ def product(
 
         found, _ = jax.lax.scan(turn, found, own)
     return found
+
+
+def matrices(
+    layers: Sequence[Layer],
+    fusion: Fusion,
+    *,
+    residual: Literal["add"] | float,
+    normalize: bool = False,
+) -> jax.Array:
+    """The factors of `product`, first layer first, float32 `[depth, query, key]`."""
+    one = lambda layer: _mixed(layer, fusion, residual, normalize)
+    return jnp.concatenate(apart(layers, one))
+
+
+def _mixed(
+    layer: Layer, fusion: Fusion, residual: Literal["add"] | float, normalize: bool
+) -> jax.Array:
+    """The fused map of one layer with its share of the identity."""
+    kept, mixed = _shares(residual)
+    identity = jnp.eye(layer.site.shape[-1], dtype=jnp.float32)
+    step = kept * identity + mixed * _matrix(layer, fusion)
+    if normalize and not fusion.keeps_sums:
+        total = jnp.sum(step, axis=-1, keepdims=True)
+        step = step / jnp.where(total == 0, 1, total)
+    return step
 
 
 def split(layer: Layer) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
@@ -324,6 +344,17 @@ def gradient(values: dict[str, jax.Array]) -> jax.Array:
     group = cotangent.shape[-2] // values["value"].shape[-2]
     value = jnp.repeat(values["value"][0].astype(jnp.float32), group, axis=1)
     return jnp.einsum("qhd,khd->hqk", cotangent, value, precision="highest")
+
+
+def gradient_row(values: dict[str, jax.Array], position: jax.Array) -> jax.Array:
+    """The gradient at one query of one layer's map, float32 `[heads, key]`."""
+    if "probabilities_cotangent" in values:
+        return values["probabilities_cotangent"][0][:, position].astype(jnp.float32)
+    cotangent = values["output_cotangent"][0][position].astype(jnp.float32)
+    value = values["value"][0].astype(jnp.float32)
+    cotangent = cotangent.reshape(value.shape[1], -1, value.shape[2])
+    slope = jnp.einsum("hgd,khd->hgk", cotangent, value, precision="highest")
+    return slope.reshape(-1, len(value))
 
 
 def uniform(layers: Sequence[Layer]) -> jax.Array:
