@@ -31,7 +31,7 @@ from tests.gradients import convolutional
 from xviz_jax.models import embedded
 
 GOLDENS = Path(__file__).parent / "goldens"
-NODES, BATCH, FIRST, STORED = 2048, 64, 500, {"vit": 4, "convolutional": 8}
+NODES, BATCH, FIRST, STORED = 2048, 16, 500, {"vit": 4, "convolutional": 8}
 # Of smooth paths: nodes of the cheaper rule, how many inputs have both, and how far
 # these may be apart, relative.
 SMOOTH, BOTH, APART = 256, {"vit": 4, "minilm": 3}, 1e-3
