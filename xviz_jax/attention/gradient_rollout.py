@@ -17,7 +17,7 @@ from xviz_jax.attribution import Attribution, Target
 def gradient_rollout(
     model: Callable,
     *,
-    query: int | jax.Array = 0,
+    query: rows.Query = 0,
     residual: float = 0.5,
     start_layer: int = 0,
 ) -> Callable[..., Attribution]:
@@ -34,7 +34,9 @@ def gradient_rollout(
       model: Maps one example to logits; any JAX function, with its attention found
         by tracing. Self-attention over one sequence.
       query: The position the class is read from: 0 for a class token, -1 for the
-        last token of a decoder. May be traced.
+        last token of a decoder. May be traced. `mean` for a model that pools all
+        positions: their rows, averaged, padding's left out; or weights of rows, float
+        `[length]`, for any other pooling.
       residual: Weight of the identity in each layer, from 0 (none) to 1. Without
         any, a row that has nothing positive stays zero.
       start_layer: The first layer taken along; earlier ones are left out.
@@ -44,7 +46,8 @@ def gradient_rollout(
       each position, and these diagnostics:
 
       - `mass`: sum of the scores;
-      - `self_share`: the score of the explained position itself.
+      - `self_share`: the score of the explained position itself; of several, by their
+        weights.
 
     Raises:
       ValueError: If the model has no self-attention over one sequence, or attention
@@ -64,9 +67,10 @@ def gradient_rollout(
             return attribution.explained(attribution.hold(target, logits), logits)
 
         logits, found = layers.capture(model, args, scalar)
+        start = rows.resolve(query, found)
         row = rows.propagate(
             layers.since(found, start_layer),
-            query,
+            start,
             fusion,
             residual=float(residual),
             normalize=True,
@@ -74,7 +78,7 @@ def gradient_rollout(
         return Attribution(
             scores=row,
             output=scalar(logits),
-            diagnostics=rows.diagnostics(row, query),
+            diagnostics=rows.diagnostics(row, start),
         )
 
     return explain

@@ -25,6 +25,8 @@ SINGLE = {
     "head_weights": "head_weights",
     "thresholds": "threshold",
 }
+# One position, weights of rows, or `mean`: all rows but padding's, alike.
+Query = int | jax.Array | Literal["mean"]
 _SINGULAR = {"masks": "mask", "biases": "bias", "key_masks": "key_mask"}
 
 
@@ -47,6 +49,44 @@ def one_hot(query: int | jax.Array, length: int) -> jax.Array:
     valid = (position >= -length) & (position < length)
     row = jax.nn.one_hot(position % length, length, dtype=jnp.float32)
     return jnp.where(valid, row, jnp.nan)
+
+
+def resolve(query: Query, layers: Sequence[Layer]) -> int | jax.Array:
+    """A position, or weights of rows, as `propagate` takes them.
+
+    Args:
+      query: As a user gives it.
+      layers: As `capture` gives them, all of the model's.
+
+    Raises:
+      ValueError: If it is neither a position nor `mean` nor weights of all rows.
+    """
+    length = layers[-1].site.shape[-1]
+    if isinstance(query, str):
+        if query != "mean":
+            raise ValueError(
+                f"`query` is a position, weights of rows or 'mean', got {query!r}"
+            )
+        return uniform(layers)
+    if jnp.ndim(query) == 1:
+        return weights_of_rows(query, length)
+    one_hot(query, length)
+    return query
+
+
+def weights_of_rows(query: int | jax.Array, length: int) -> jax.Array:
+    """Weights of rows, float32 `[length]`.
+
+    Raises:
+      ValueError: If these are no floats, or not one for each row.
+    """
+    weights = jnp.asarray(query)
+    if weights.shape != (length,) or not jnp.issubdtype(weights.dtype, jnp.floating):
+        raise ValueError(
+            f"weights of rows in `query` are float[{length}], got {weights.dtype}"
+            f"{list(weights.shape)}"
+        )
+    return weights.astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +222,7 @@ def product(
     identity = jnp.eye(layers[-1].site.shape[-1], dtype=jnp.float32)
 
     def through(below: jax.Array, layer: Layer) -> jax.Array:
-        step = kept * identity + mixed * _matrix(layer, fusion)
+        step = kept * identity + mixed * matrix(layer, fusion)
         if normalize and not fusion.keeps_sums:
             total = jnp.sum(step, axis=-1, keepdims=True)
             step = step / jnp.where(total == 0, 1, total)
@@ -223,7 +263,7 @@ def _shares(residual: Literal["add"] | float) -> tuple[float, float]:
     return (1.0, 1.0) if residual == "add" else (residual, 1 - residual)
 
 
-def _matrix(layer: Layer, fusion: Fusion) -> jax.Array:
+def matrix(layer: Layer, fusion: Fusion) -> jax.Array:
     """The fused map of one layer, float32 `[query, key]`."""
     if "probabilities" in layer.values:
         return _fused(layer.values, fusion)
@@ -333,6 +373,16 @@ def uniform(layers: Sequence[Layer]) -> jax.Array:
 
 
 def diagnostics(row: jax.Array, query: int | jax.Array) -> dict[str, jax.Array]:
-    """`mass`, the sum of a row, and `self_share`, the explained position's own."""
-    own = jnp.sum(row * one_hot(query, row.shape[0]))
+    """`mass`, the sum of a row, and `self_share`, the explained position's own.
+
+    Args:
+      row: The scores.
+      query: As `resolve` gives it.
+    """
+    own = jnp.sum(row * row_weights(query, row.shape[0]))
     return {"mass": jnp.sum(row), "self_share": own}
+
+
+def row_weights(query: int | jax.Array, length: int) -> jax.Array:
+    """What is resolved as weights of all rows, float32 `[length]`."""
+    return jnp.asarray(query) if jnp.ndim(query) == 1 else one_hot(query, length)
