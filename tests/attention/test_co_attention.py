@@ -297,13 +297,6 @@ def joined(x, y):
     return attend(cast(weights(4), x), z, z)[0]
 
 
-def added(x, y):
-    y = mlp(y + attend(cast(weights(2), x), y, y[:4]))
-    z = x + attend(cast(weights(1), x), x, x) + y[:4]
-    x = mlp(x + attend(cast(weights(1), x), x, x))
-    return attend(cast(weights(1), x), z, x)[0]
-
-
 def summed(x, y):
     """Of one length, so that they can be added."""
     x = mlp(x + attend(cast(weights(1), x), x, x[:3]))
@@ -324,7 +317,7 @@ def nested(x, y):
 
 
 def blank(x, y):
-    return attend(cast(weights(1), x), jnp.zeros((3, WIDTH)) + x[0], y)[0]
+    return attend(cast(weights(1), x), jnp.zeros((3, WIDTH)) + x[:1], y)[0]
 
 
 @pytest.mark.parametrize(
@@ -353,8 +346,9 @@ def test_refusals(model, options, said):
 
 
 def test_methods_for_one_sequence_refuse_several_of_one_length():
-    with pytest.raises(ValueError, match="'attention#2' attends from one sequence"):
-        jax.eval_shape(xv.attention_rollout(last), X, np.ones_like(X))
+    cross = lambda x, y: attend(cast(weights(1), x), x, y)[0]
+    with pytest.raises(ValueError, match="'attention' attends from one sequence"):
+        jax.eval_shape(xv.attention_rollout(cross), X, X)
     plain = lambda x: attend(cast(weights(1), x), x, x)[0]
     with pytest.raises(ValueError, match="for a model of one"):
         jax.eval_shape(xv.attention_relevance(plain, query={"attention": 0}), X)
