@@ -1,0 +1,54 @@
+"""Rollout, relevance and AttnLRP against stored outputs of published implementations."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import xviz_jax as xv
+from tests.contract.quick import quick_compilation as quick_compilation
+
+HERE = Path(__file__).parent
+MODELS = HERE.parent / "models" / "goldens"
+CLASS = 1
+# The checkpoint, and the position that is read, if the output has one for each.
+CHECKPOINTS = {
+    "text/bert_sequence": None,
+    "text/gpt2_lm": 4,
+    "text/llama_lm": 4,
+    "vision/vit": None,
+}
+
+
+def opened(name, position, **options):
+    """The function that is explained, its arguments, and how many are no padding."""
+    given = np.load(MODELS / name / "golden.npz")
+    model = xv.models.load(MODELS / name, **options)
+    if "pixels" in given:
+        return model.explainable(), (jnp.asarray(given["pixels"]),), None
+    function = model.explainable(**({} if position is None else {"position": position}))
+    names = [name for name in ("tokens", "mask", "segments") if name in given]
+    return function, [jnp.asarray(given[n]) for n in names], int(given["mask"].sum())
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_of_transformers_maps(name):
+    """Every row of both products, of maps and gradients that torch has made."""
+    position = CHECKPOINTS[name]
+    function, args, real = opened(name, position, scan=position is None)
+    golden = np.load(HERE / "goldens" / f"{Path(name).name}.npz")
+
+    def both(query):
+        rollout = xv.attention_rollout(function, query=query)
+        relevance = xv.attention_relevance(function, query=query)
+        return rollout(*args), relevance(*args, target=CLASS)
+
+    size = len(golden["rollout"])
+    rollout, relevance = jax.jit(jax.vmap(both))(jnp.arange(size))
+    np.testing.assert_allclose(relevance.output, golden["logits"][CLASS], atol=1e-5)
+    for found, key in ((rollout, "rollout"), (relevance, "relevance")):
+        expected = golden[key][:real]
+        np.testing.assert_allclose(found.scores[:real], expected, atol=1e-5)
+    assert golden["relevance"].max() > 1.001
