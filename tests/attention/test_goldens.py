@@ -52,3 +52,18 @@ def test_of_transformers_maps(name):
         expected = golden[key][:real]
         np.testing.assert_allclose(found.scores[:real], expected, atol=1e-5)
     assert golden["relevance"].max() > 1.001
+
+
+@pytest.mark.parametrize("name", ["bert_sequence", "llama_tied", "qwen3_lm"])
+def test_attn_lrp_of_lxt(name):
+    """Relevance of the words, with biases and norms, gates and grouped keys."""
+    position = None if name.startswith("bert") else 4
+    function, args, real = opened(f"text/{name}", position)
+    golden = np.load(HERE / "goldens" / "lxt.npz")
+    assert golden[f"{name}_logits"].shape == jax.eval_shape(function, *args).shape
+    found = jax.jit(lambda *args: xv.attn_lrp(function)(*args, target=CLASS))(*args)
+    np.testing.assert_allclose(found.output, golden[f"{name}_logits"][CLASS], atol=1e-5)
+    np.testing.assert_allclose(found.scores, golden[name], atol=1e-5)
+    assert np.abs(golden[name][:real]).min() > 1e-3
+    plain = jax.jit(lambda *args: xv.input_x_gradient(function)(*args, target=CLASS))
+    assert np.abs(plain(*args).scores - golden[name]).max() > 0.01
