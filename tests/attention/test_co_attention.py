@@ -1,4 +1,4 @@
-"""Relevance over several sequences, against the paper's rules written out in float64."""
+"""Relevance over several sequences, against the paper's rules written out."""
 
 from functools import partial
 
@@ -51,11 +51,11 @@ def cast(tree, like):
 class EncoderDecoder:
     """Two layers of an encoder, two of a causal decoder that attends to it."""
 
-    encoder = [{"own": weights(1)}, {"own": weights(2)}]
-    decoder = [
+    encoder = ({"own": weights(1)}, {"own": weights(2)})
+    decoder = (
         {"own": weights(3), "cross": weights(4)},
         {"own": weights(5), "cross": weights(6)},
-    ]
+    )
 
     def __init__(self, own=4, other=6, scan=False, pad=0):
         self.own, self.other, self.scan, self.pad = own, other, scan, pad
@@ -91,8 +91,10 @@ class EncoderDecoder:
         for step in maps[:2]:
             other = other + step @ other
         for step, cross in zip(maps[2::2], maps[3::2], strict=True):
-            own, both = own + step @ own, both + step @ (
-                both if np.ndim(both) else np.zeros((self.own, self.other))
+            own, both = (
+                own + step @ own,
+                both
+                + step @ (both if np.ndim(both) else np.zeros((self.own, self.other))),
             )
             both = both + normalized(own).T @ cross @ normalized(other)
         return own[-1], both[-1]
@@ -101,10 +103,10 @@ class EncoderDecoder:
 class CoAttention:
     """A text and an image that read each other as both were before, twice."""
 
-    layers = [
+    layers = tuple(
         {name: weights(10 * n + i) for i, name in enumerate(("ti", "it", "tt", "ii"))}
         for n in (2, 3)
-    ]
+    )
 
     def __init__(self, own=4, other=6, scan=False):
         self.own, self.other, self.scan = own, other, scan
@@ -242,9 +244,7 @@ def test_sequences_bear_names():
     assert list(given.scores) == ["source", "text"]
     rows = xv.attention_relevance(last, query={"attention#1": 5})(X, Y, target=0)
     for other in (given, rows):
-        for one, two in zip(
-            traced.scores.values(), other.scores.values(), strict=True
-        ):
+        for one, two in zip(traced.scores.values(), other.scores.values(), strict=True):
             np.testing.assert_array_equal(one, two)
     keys_only = lambda x, y: attend(cast(weights(3), x), y, x)[0]
     assert list(xv.attention_relevance(keys_only)(X, Y).scores) == [

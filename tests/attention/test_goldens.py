@@ -1,4 +1,4 @@
-"""Rollout, relevance and AttnLRP against stored outputs of published implementations."""
+"""Rollout, relevance and AttnLRP against stored outputs of transformers and LXT."""
 
 from pathlib import Path
 

@@ -1,6 +1,7 @@
 """Methods on attention, against float64 formulae on maps that are all written out."""
 
 import dataclasses
+import inspect
 from functools import partial
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 
 import xviz_jax as xv
 from tests.contract.quick import quick_compilation as quick_compilation
+from xviz_jax.explain import methods
 
 WIDTH, CLASSES = 8, 3
 
@@ -279,6 +281,25 @@ def test_padding_changes_nothing(method):
     np.testing.assert_allclose(
         few.scores[:length], many.scores[:length], rtol=2e-5, atol=1e-7
     )
+
+
+EVERY = [name for name in dir(xv.attention) if name in methods()]
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_padding_has_nothing(method):
+    """Tokens that no query may attend score exactly zero, and so do their rows."""
+    network = NETWORKS["padded"]
+    x = jnp.float32(network.input())
+    makes = [getattr(xv, method)]
+    if "query" in inspect.signature(makes[0]).parameters:
+        makes.append(partial(makes[0], query="mean"))
+    for make in makes:
+        explain = make(network)
+        every = jax.vmap(lambda target, explain=explain: explain(x, target=target))
+        found = np.asarray(jax.jit(every)(jnp.arange(CLASSES)).scores)
+        assert not found[:, network.length :].any()
+        assert found[:, : network.length].any()
 
 
 @pytest.mark.parametrize("method", METHODS)
