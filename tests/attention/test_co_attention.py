@@ -1,6 +1,7 @@
 """Relevance over several sequences, against the paper's rules written out."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ def weights(seed):
 HEAD = draw(9, WIDTH, CLASSES)
 
 
-def attend(w, x, y, seen=True, tap=lambda maps: maps):
+def attend(w, x, y, seen: Any = True, tap=lambda maps: maps):
     """What one sequence gets of another; `tap` sees, or moves, the maps."""
     split = lambda name, z: (z @ w[name]).reshape(len(z), HEADS, -1)
     scores = jnp.einsum("qhd,khd->hqk", split("query", x), split("key", y)) / 2
@@ -85,17 +86,18 @@ class EncoderDecoder:
             x, _ = layer(x, w)
         return x
 
+    def shapes(self, own, other):
+        """Queries and keys of each layer of attention, in order."""
+        return [(other, other)] * 2 + [(own, own), (own, other)] * 2
+
     def relevance(self, maps):
         """Equations 6, 7 and 10, in the order of the program."""
-        own, both, other = np.eye(self.own), 0.0, np.eye(self.other)
+        own, other = np.eye(self.own), np.eye(self.other)
+        both = np.zeros((self.own, self.other))
         for step in maps[:2]:
             other = other + step @ other
         for step, cross in zip(maps[2::2], maps[3::2], strict=True):
-            own, both = (
-                own + step @ own,
-                both
-                + step @ (both if np.ndim(both) else np.zeros((self.own, self.other))),
-            )
+            own, both = own + step @ own, both + step @ both
             both = both + normalized(own).T @ cross @ normalized(other)
         return own[-1], both[-1]
 
@@ -127,6 +129,9 @@ class CoAttention:
         both = self.run(layer, (text, image), cast(self.layers, text))
         return both[0][0] @ jnp.asarray(HEAD, text.dtype)
 
+    def shapes(self, own, other):
+        return [(own, other), (other, own), (own, own), (other, other)] * 2
+
     def relevance(self, maps):
         """Equations 6, 7, 10 and 11; both cross layers use what was before."""
         tt, ii = np.eye(self.own), np.eye(self.other)
@@ -156,15 +161,20 @@ def fused_maps(model, target):
     """Equation 5, of gradients through maps that are written out, in float64."""
     with jax.enable_x64(True):
         x, y = map(jnp.asarray, model.inputs())
-        found = []
         unrolled = type(model)(**{**vars(model), "scan": False})
-        unrolled(x, y, tap=lambda maps: found.append(maps) or maps)
 
         def moved(added):
-            rest = iter(added)
-            return unrolled(x, y, tap=lambda maps: maps + next(rest))[target]
+            rest, found = iter(added), []
 
-        slopes = jax.grad(moved)([jnp.zeros_like(maps) for maps in found])
+            def tap(maps):
+                found.append(maps)
+                return maps + next(rest)
+
+            return unrolled(x, y, tap=tap)[target], found
+
+        lengths = [len(each) for each in (x, y)]
+        zeros = [jnp.zeros((HEADS, q, k)) for q, k in model.shapes(*lengths)]
+        slopes, found = jax.jit(jax.grad(moved, has_aux=True))(zeros)
         return [
             np.maximum(np.asarray(maps * slope), 0).mean(axis=0)
             for maps, slope in zip(found, slopes, strict=True)

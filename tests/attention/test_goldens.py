@@ -22,13 +22,14 @@ CHECKPOINTS = {
 }
 
 
-def opened(name, position, **options):
+def opened(name, position, scan=False, **options):
     """The function that is explained, its arguments, and how many are no padding."""
     given = np.load(MODELS / name / "golden.npz")
-    model = xv.models.load(MODELS / name, **options)
+    model = xv.models.load(MODELS / name, scan=scan)
     if "pixels" in given:
         return model.explainable(), (jnp.asarray(given["pixels"]),), None
-    function = model.explainable(**({} if position is None else {"position": position}))
+    options |= {} if position is None else {"position": position}
+    function = model.explainable(**options)
     names = [name for name in ("tokens", "mask", "segments") if name in given]
     return function, [jnp.asarray(given[n]) for n in names], int(given["mask"].sum())
 

@@ -163,6 +163,14 @@ METHODS = {
             relu((maps * slopes).mean(axis=1)), n.query, 0.01
         ),
     ),
+    "gradient_rollout-discard": (
+        lambda m, n: xv.gradient_rollout(
+            m, query=n.query, residual=0.01, discard_ratio=0.6
+        ),
+        lambda n, maps, slopes, *_: rollout(
+            relu(fused(maps * slopes, discard=0.6)), n.query, 0.01
+        ),
+    ),
     "attention_grad_cam": (
         lambda m, n: xv.attention_grad_cam(m, query=n.query),
         lambda n, maps, slopes, *_: cam(n, -1, maps, slopes),
@@ -431,6 +439,8 @@ def test_wrong_options():
         xv.attention_rollout(Network(), residual="half")  # pyright: ignore
     with pytest.raises(ValueError, match="got 'captum'"):
         xv.attention_rollout(Network(), convention="captum")  # pyright: ignore
+    with pytest.raises(ValueError, match="less than 1, got 1"):
+        xv.gradient_rollout(Network(), discard_ratio=1)
     with pytest.raises(ValueError, match="from 0 to 1, got 2"):
         xv.gradient_rollout(Network(), residual=2)
     with pytest.raises(ValueError, match="got 'median'"):

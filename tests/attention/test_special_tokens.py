@@ -68,6 +68,8 @@ def test_of_several_sequences():
     for name, mark in marks.items():
         expected = np.where(mark, 0, plain.scores[name])
         np.testing.assert_array_equal(found.scores[name], expected)
+    shares = [plain.scores[name][mark].sum() for name, mark in marks.items()]
+    np.testing.assert_allclose(found.diagnostics["special_share"], shares, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

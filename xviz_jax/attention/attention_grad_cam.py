@@ -26,9 +26,10 @@ def attention_grad_cam(
       model: Maps one example to logits; any JAX function, with its attention found
         by tracing. Self-attention over one sequence.
       query: The position the class is read from: 0 for a class token, -1 for the
-        last token of a decoder. May be traced. `mean` for a model that pools all
-        positions: their rows, averaged, padding's left out; or weights of rows, float
-        `[length]`, for any other pooling.
+        last token of a decoder. May be traced. `pooled` for the rows that the
+        output reads, found by tracing, with their weights, for another forward pass;
+        `mean` for all rows, averaged, padding's left out; or weights of rows, float
+        `[length]`.
       layer: Which layer, in the order they run; -1 is the last.
 
     Returns:
@@ -52,7 +53,7 @@ def attention_grad_cam(
         logits, found = layers.capture(model, args, scalar)
         one = layers.pick(found, layer)
         seen = layers.attended([one]).astype(jnp.float32)
-        start = rows.resolve(query, found)
+        start = rows.resolve(query, found, model, args)
         share = rows.row_weights(start, one.site.shape[-1])
         weights = _mean_gradients(one.values, share, seen / jnp.sum(seen))
         fusion = rows.Fusion("weighted", head_weights=weights / len(weights))

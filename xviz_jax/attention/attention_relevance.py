@@ -43,10 +43,11 @@ def attention_relevance(
       model: Maps one example to logits; any JAX function, with its attention found
         by tracing.
       query: The position the class is read from: 0 for a class token, -1 for the
-        last token of a decoder. May be traced. `mean` for a model that pools all
-        positions: their rows, averaged, padding's left out; or weights of rows, float
-        `[length]`, for any other pooling. Where the output is read from several
-        sequences, one of them by its name, `{name: position}`.
+        last token of a decoder. May be traced. `pooled` for the rows that the
+        output reads, found by tracing, with their weights, for another forward pass;
+        `mean` for all rows, averaged, padding's left out; or weights of rows, float
+        `[length]`. Where the output is read from several sequences, one of them by its
+        name, `{name: position}`.
       heads: How heads are fused: `mean`, the paper's, or for one sequence `max` or
         `min`, and then rows are normalised.
       start_layer: The first layer taken along; earlier ones are left out.
@@ -101,7 +102,7 @@ def attention_relevance(
             )
         sites = layers.self_attention(program.sites)
         logits, read = layers.capture_of(program, sites, scalar)
-        start = rows.resolve(query, read)
+        start = rows.resolve(query, read, model, args)
         row = rows.propagate(
             layers.since(read, start_layer),
             start,

@@ -45,9 +45,10 @@ def attention_rollout(
       model: Maps one example to logits; any JAX function, with its attention found
         by tracing. One sequence, one example.
       query: The position that is explained: 0 for a class token, -1 for the last
-        token of a decoder. May be traced. `mean` for a model that pools all
-        positions: their rows, averaged, padding's left out; or weights of rows, float
-        `[length]`, for any other pooling. None for all of them, in memory that grows
+        token of a decoder. May be traced. `pooled` for the rows that the
+        output reads, found by tracing, with their weights, for another forward pass;
+        `mean` for all rows, averaged, padding's left out; or weights of rows, float
+        `[length]`. None for all of them, in memory that grows
         with the square of the length.
       heads: How heads are fused: `mean`, `max`, `min`, or weights of heads, float
         `[heads]`. Rows that no longer sum to one are normalised after the residual is
@@ -102,7 +103,7 @@ def attention_rollout(
         del key
         logits, found = layers.capture(model, args)
         _check_weights(fusion, found)
-        start = None if query is None else rows.resolve(query, found)
+        start = None if query is None else rows.resolve(query, found, model, args)
         found = layers.since(found, start_layer)
         if start is None:
             scores = rows.product(found, fusion, **options)

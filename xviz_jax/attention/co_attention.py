@@ -117,14 +117,14 @@ def _check_reached(streams: Streams, stream: str) -> None:
 def _start(
     found: list[Layer], streams: Streams, stream: str, query: rows.Query
 ) -> int | jax.Array:
-    own = [layer for layer in found if streams.of[layer.site.name] == (stream, stream)]
-    if own:
-        return rows.resolve(query, own[:1])
     length = streams.lengths[stream]
+    own = [layer for layer in found if streams.of[layer.site.name] == (stream, stream)]
+    if isinstance(query, str) and query == "mean" and own:
+        return rows.uniform(own[:1])
     if isinstance(query, str):
         raise ValueError(
             f"`query` is a position or weights of the {length} positions of "
-            f"{stream!r}, which does not attend to itself, got {query!r}"
+            f"{stream!r}, or 'mean' of one that attends to itself, got {query!r}"
         )
     if jnp.ndim(query) == 1:
         return rows.weights_of_rows(query, length)

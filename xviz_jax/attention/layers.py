@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from xviz_jax.attention.streams import crossing, positions
+from xviz_jax.attention.streams import crossing
 from xviz_jax.tracing import Site
 from xviz_jax.tracing.program import Program, trace
+from xviz_jax.tracing.site import positions
 from xviz_jax.tracing.transforms import read, read_cotangents
 
 # A map of this size is read as the model made it: it fits a cache, and making it

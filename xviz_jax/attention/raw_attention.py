@@ -31,8 +31,9 @@ def raw_attention(
       model: Maps one example to logits; any JAX function, with its attention found
         by tracing. One sequence, one example.
       query: The position that looks: 0 for a class token, -1 for the last token of a
-        decoder. May be traced. `mean` for a model that pools all positions: their
-        rows, averaged, padding's left out; or weights of rows, float `[length]`.
+        decoder. May be traced. `pooled` for the rows that the output reads, found by
+        tracing, with their weights, for another forward pass; `mean` for all rows,
+        averaged, padding's left out; or weights of rows, float `[length]`.
       layer: Which layer, in the order they run; -1 is the last.
       head: Which head; None for all of them.
       heads: How they are then fused: `mean`, `max` or `min`.
@@ -58,7 +59,7 @@ def raw_attention(
     def explain(*args: Any, target: Target = None, key: Any = None) -> Attribution:
         del key
         logits, found = layers.capture(model, args)
-        one, start = layers.pick(found, layer), rows.resolve(query, found)
+        one, start = layers.pick(found, layer), rows.resolve(query, found, model, args)
         row = rows.propagate([one], start, _fusion(one, head, heads), residual=0.0)
         return Attribution(
             scores=row,

@@ -12,6 +12,8 @@ from xviz_jax.kernels.attention_fused_matrix import attention_fused_matrix
 from xviz_jax.kernels.attention_fused_quantile import attention_fused_quantile
 from xviz_jax.kernels.attention_map import HeadFusion, Relevance
 from xviz_jax.kernels.rollout_rows import rollout_rows
+from xviz_jax.tracing import pooling
+from xviz_jax.tracing.program import trace
 
 # What kernels of one layer call the stacks of those of several.
 SINGLE = {
@@ -25,8 +27,9 @@ SINGLE = {
     "head_weights": "head_weights",
     "thresholds": "threshold",
 }
-# One position, weights of rows, or `mean`: all rows but padding's, alike.
-Query = int | jax.Array | Literal["mean"]
+# One position, weights of rows, `mean`: all rows but padding's, alike; or `pooled`:
+# as the model's output reads them.
+Query = int | jax.Array | Literal["mean", "pooled"]
 _SINGULAR = {"masks": "mask", "biases": "bias", "key_masks": "key_mask"}
 
 
@@ -51,23 +54,31 @@ def one_hot(query: int | jax.Array, length: int) -> jax.Array:
     return jnp.where(valid, row, jnp.nan)
 
 
-def resolve(query: Query, layers: Sequence[Layer]) -> int | jax.Array:
+def resolve(
+    query: Query, layers: Sequence[Layer], model: Callable, args: Sequence[Any]
+) -> int | jax.Array:
     """A position, or weights of rows, as `propagate` takes them.
 
     Args:
       query: As a user gives it.
       layers: As `capture` gives them, all of the model's.
+      model: Whose layers these are.
+      args: Its positional arguments.
 
     Raises:
-      ValueError: If it is neither a position nor `mean` nor weights of all rows.
+      ValueError: If it is neither a position nor weights of all rows, or if it is
+        `pooled` and how the model pools is not found.
     """
     length = layers[-1].site.shape[-1]
     if isinstance(query, str):
-        if query != "mean":
+        if query == "mean":
+            return uniform(layers)
+        if query != "pooled":
             raise ValueError(
-                f"`query` is a position, weights of rows or 'mean', got {query!r}"
+                "`query` is a position, weights of rows, 'mean' or 'pooled', got "
+                f"{query!r}"
             )
-        return uniform(layers)
+        query = pooling.weights(trace(model, tuple(args), {}))
     if jnp.ndim(query) == 1:
         return weights_of_rows(query, length)
     one_hot(query, length)

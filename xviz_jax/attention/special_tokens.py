@@ -39,7 +39,7 @@ def special_tokens(
     Returns:
       `explain(*args, target=None, key=None) -> Attribution`, as the method's own, and
       with the diagnostic `special_share`: the sum of the scores of special positions
-      before they are dropped, of each row and sequence.
+      before they are dropped, of each row, or of each sequence in their order.
 
     Raises:
       ValueError: If `special` is not one bool for each position, or the method's
@@ -59,7 +59,7 @@ def special_tokens(
 
     def treated(*args: Any, target: Target = None, key: Any = None) -> Attribution:
         found = explain(*args, target=target, key=key)
-        marks = special(*args) if callable(special) else special
+        marks: Any = special(*args) if callable(special) else special
         scores = found.scores
         several = isinstance(scores, dict)
         if several != isinstance(marks, dict) or (
@@ -72,7 +72,7 @@ def special_tokens(
         else:
             both = {name: _treated(scores[name], marks[name], treat) for name in scores}
             scores = {name: own for name, (own, _) in both.items()}
-            share = {name: own for name, (_, own) in both.items()}
+            share = jnp.stack([own for _, own in both.values()])
         return Attribution(
             scores=scores,
             output=found.output,

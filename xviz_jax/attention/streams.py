@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from xviz_jax.tracing import Site
 from xviz_jax.tracing.program import Program
 from xviz_jax.tracing.sequences import Place, Run, Sequences
+from xviz_jax.tracing.site import positions
 
 _SIDES = ("query", "key")
 _MANY = {"query": "queries", "key": "keys"}
@@ -83,12 +84,6 @@ def find(program: Program, sites: Sequence[Site], given: Naming | None) -> Strea
                 )
     read = {of[name][0] for name in sequences.read() if name in of}
     return Streams(of, lengths, tuple(s for s in lengths if s in read), runs)
-
-
-def positions(site: Site) -> tuple[int, int]:
-    """How many queries and keys a site has."""
-    query, key = site.shape[-2:]
-    return (query * site.loops[-1] if site.turns[-1:] == ("queries",) else query), key
 
 
 def _given(sites: Sequence[Site], given: Naming) -> dict[str, tuple[str, str]]:

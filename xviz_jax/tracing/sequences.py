@@ -70,11 +70,15 @@ class Sequences:
 
     def run(self, name: str, side: str) -> Run:
         """What the queries or the keys of a site run over; `side` says which."""
+        return self.follow(self._starts[name, side])
+
+    def follow(self, places: Iterable[Place]) -> Run:
+        """What axes of some arrays run over, together."""
         origins: set[Place] = set()
         now: set[str] = set()
         earlier: set[str] = set()
         cut = False
-        waiting = [(*place, False) for place in self._starts[name, side]]
+        waiting = [(*place, False) for place in places]
         seen = set()
         while waiting:
             atom, axis, before = waiting.pop()
@@ -116,6 +120,16 @@ class Sequences:
             else:
                 waiting += node.ins
         return frozenset(found)
+
+    def axis_of(self, atom: Atom) -> int | None:
+        """The axis of a value that runs over positions of what attention made."""
+        if isinstance(atom, Literal):
+            return None
+        for axis in range(len(self.graph.shape(atom))):
+            run = self.follow([(atom, axis)])
+            if run.now or run.earlier:
+                return axis
+        return None
 
     def _steps(self, atom: int, axis: int) -> Iterator[tuple[Atom, int, bool]]:
         """One step back along an axis; also whether to a loop's earlier turn."""
