@@ -163,14 +163,6 @@ METHODS = {
             relu((maps * slopes).mean(axis=1)), n.query, 0.01
         ),
     ),
-    "gradient_rollout-discard": (
-        lambda m, n: xv.gradient_rollout(
-            m, query=n.query, residual=0.01, discard_ratio=0.6
-        ),
-        lambda n, maps, slopes, *_: rollout(
-            relu(fused(maps * slopes, discard=0.6)), n.query, 0.01
-        ),
-    ),
     "attention_grad_cam": (
         lambda m, n: xv.attention_grad_cam(m, query=n.query),
         lambda n, maps, slopes, *_: cam(n, -1, maps, slopes),
@@ -259,6 +251,20 @@ def test_rollouts_by_convention(option, name, small, monkeypatch):
     )
     if network.causal:
         assert not np.triu(every.scores, 1).any()
+
+
+@pytest.mark.parametrize("small", [0, 8 * 2**20])
+def test_gradient_rollout_discards(small, monkeypatch):
+    """Of maps and tile by tile; the cut is above zero, so that it takes something."""
+    monkeypatch.setattr(xv.attention.layers, "_SMALL_MAP", small)
+    network = NETWORKS["grouped, scanned"]
+    maps, slopes, *_ = network.truth(1)
+    kept = relu(fused(maps * slopes, discard=0.9))
+    assert 0 < (kept > 0).mean() < 0.5 * (maps * slopes > 0).mean()
+    explain = xv.gradient_rollout(network, residual=0.01, discard_ratio=0.9)
+    found = explain(jnp.float32(network.input()), target=1)
+    expected = rollout(kept, network.query, 0.01)
+    np.testing.assert_allclose(found.scores, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_self_is_excluded():

@@ -143,7 +143,7 @@ def test_grad_cam_of_pooled_rows():
     [
         (jnp.ones(4), r"are float\[5\], got float32\[4\]"),
         (jnp.ones(5, int), r"are float\[5\], got int32\[5\]"),
-        ("last", "a position, weights of rows or 'mean', got 'last'"),
+        ("last", "weights of rows, 'mean' or 'pooled', got 'last'"),
     ],
 )
 @pytest.mark.parametrize("name", [*ROWS, "attention_grad_cam"])

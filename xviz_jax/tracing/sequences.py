@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from xviz_jax.tracing import axes as axis_maps
 from xviz_jax.tracing import compat
+from xviz_jax.tracing.axes import axes_of
 from xviz_jax.tracing.compat import Literal
 from xviz_jax.tracing.fused import FusedValues
 from xviz_jax.tracing.graph import Atom, Body, Graph, Node
@@ -54,7 +55,8 @@ class Sequences:
             for body in self.graph.bodies()
             for number, atom in enumerate(body.ins)
         }
-        self._made: dict[int, str] = {}
+        # Of each output of attention: its site, and its axes of queries.
+        self._made: dict[int, tuple[str, set[int]]] = {}
         self._starts: dict[tuple[str, str], list[Place]] = {}
         for located in program.located:
             site, values = located.site, located.values
@@ -63,8 +65,8 @@ class Sequences:
             ):
                 continue
             name = site.joins or site.name
-            for atom in _outputs(values):
-                self._made.setdefault(atom, name)
+            for atom, axes in _outputs(self.graph, values):
+                self._made.setdefault(atom, (name, axes))
             for side in ("query", "key"):
                 self._starts[site.name, side] = _positions(values, side)
 
@@ -86,9 +88,11 @@ class Sequences:
                 continue
             seen.add((atom, axis, before))
             if atom in self._made:
-                (earlier if before else now).add(self._made[atom])
-                own = self._starts[self._made[atom], "query"]
-                waiting += [(*place, before) for place in own]
+                name, axes = self._made[atom]
+                if axis in axes:
+                    (earlier if before else now).add(name)
+                    own = self._starts[name, "query"]
+                    waiting += [(*place, before) for place in own]
                 continue
             steps = list(self._steps(atom, axis))
             waiting += [(other, at, before or again) for other, at, again in steps]
@@ -110,7 +114,7 @@ class Sequences:
                 continue
             seen.add(atom)
             if atom in self._made:
-                found.add(self._made[atom])
+                found.add(self._made[atom][0])
                 continue
             node = self.graph.source(atom)
             if node is None:
@@ -188,13 +192,30 @@ def _leaving(node: Node, atom: int) -> Iterator[tuple[Atom, int]]:
         yield node.ins[fixed + number], 0
 
 
-def _outputs(values: AttentionValues | FusedValues) -> list[int]:
+def _outputs(
+    graph: Graph, values: AttentionValues | FusedValues
+) -> list[tuple[int, set[int]]]:
+    """What attention puts out, before and after its division, and axes of queries."""
     if isinstance(values, FusedValues):
-        return list(values.fused.node.outs)
-    reading = values.reading
-    found = list(reading.combine.node.outs)
+        axis = values.fused.layout.index("T")
+        return [(out, {axis}) for out in values.fused.node.outs]
+    reading, combine = values.reading, values.reading.combine
+    if combine.node.primitive == "dot_general":
+        sides = axis_maps.sides(graph, combine.node)
+        assert sides is not None
+        places = sides[combine.operand].out.items()
+    else:
+        summed = {int(axis) for axis in combine.node.params["axes"]}
+        kept = [axis for axis in range(len(combine.axes)) if axis not in summed]
+        places = [(axis, out) for out, axis in enumerate(kept)]
+    queries = set(reading.along(QUERY))
+    own = {out for axis, out in places if axes_of(combine.axes[axis]) & queries}
+    found = [(combine.node.outs[0], own)]
     if reading.deferred and reading.softmax.deferred is not None:
-        found.append(reading.softmax.deferred[1])
+        _, atom, axes = reading.softmax.deferred
+        found.append(
+            (atom, {n for n, group in enumerate(axes) if axes_of(group) & own})
+        )
     return found
 
 
