@@ -12,11 +12,13 @@ import pytest
 import tokenizers
 from jax.ad_checkpoint import checkpoint_name
 from PIL import Image
+from rich.console import Console
 
 import xviz_jax as xv
 from tests.contract.quick import quick_compilation as quick_compilation
 from xviz_jax import cli
-from xviz_jax.explain import methods, show
+from xviz_jax.explain import Request, methods, show
+from xviz_jax.explain import run as explain
 from xviz_jax.explain.subject import Subject, of_checkpoint
 from xviz_jax.explain.target import choose
 from xviz_jax.models import TextProcessor
@@ -107,6 +109,21 @@ def test_what_is_explained_of_a_checkpoint(folder):
     assert pair.query == 2
     assert [len(each) for each in pair.args] == [10, 10, 10]
     assert pair.args[2].tolist() == [0] * 8 + [1, 1]
+
+
+def test_rows_of_a_folder_that_pools(folder):
+    """A folder of sentence-transformers; what its output reads is traced."""
+    model = folder("bert")
+    (model / "1_Pooling").mkdir()
+    said = {"pooling_mode_mean_tokens": True, "word_embedding_dimension": 8}
+    (model / "1_Pooling" / "config.json").write_text(json.dumps(said))
+    assert of_checkpoint(model, TEXT, None, None).query == "pooled"
+    request = Request(model=str(model), text=TEXT, method="attention_rollout")
+    found = explain(request, Console(quiet=True))
+    function = xv.models.load(model).explainable()
+    ids = xv.models.text(model)(TEXT).ids
+    expected = xv.attention_rollout(function, query="mean")(jnp.asarray(ids))
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
 
 
 def subject(output, **options):
