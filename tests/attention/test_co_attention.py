@@ -290,6 +290,26 @@ def test_start_layer_leaves_out_what_ran_before():
     np.testing.assert_allclose(first, kept[-1], rtol=1e-5, atol=1e-7)
 
 
+def test_sequences_that_cannot_be_followed_are_given():
+    def turned(x, y):
+        y, x = encode_twice(x, y)
+        return attend(cast(weights(4), x), y[::-1], x)[0]
+
+    def as_it_was(x, y):
+        y, x = encode_twice(x, y)
+        return attend(cast(weights(4), x), y, x)[-1]
+
+    pairs = [("a", "a"), ("b", "b"), ("b", "a"), ("b", "a")]
+    streams = dict(zip(SITES, pairs, strict=True))
+    with pytest.raises(ValueError, match=r"queries of 'attention#3' .* name it"):
+        jax.eval_shape(xv.attention_relevance(turned), X, Y)
+    found = xv.attention_relevance(turned, streams=streams)(X, Y, target=0)
+    other = xv.attention_relevance(as_it_was, query=-1)(X, Y, target=0)
+    np.testing.assert_allclose(found.output, other.output, rtol=1e-5)
+    assert all(np.isfinite(scores).all() for scores in found.scores.values())
+    assert found.scores["a"].max() > 0
+
+
 def both(x, y):
     y, x = encode_twice(x, y)
     return (x[0] + y[0]) @ jnp.asarray(HEAD, x.dtype)

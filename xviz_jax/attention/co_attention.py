@@ -190,6 +190,9 @@ class _States:
 
 
 def _was_before(step: Step, run: Run, writer: Step) -> bool:
+    if run.cut:
+        # Its positions were not followed further; the sequences were given by name.
+        return True
     name = writer.site.name
     together = writer.site.order[:-1] == step.site.order[:-1]
     if together and writer.turn == step.turn and layers.turning(step.site):
