@@ -35,8 +35,12 @@ def crossing(program: Program, sites: Sequence[Site]) -> Site | None:
     """The first site whose queries and keys surely run over two sequences."""
     sequences = Sequences(program)
     for site in sites:
-        query, key = (sequences.run(site.name, side).origins for side in _SIDES)
-        if query and key and not (query <= key or key <= query):
+        query, key = (sequences.run(site.name, side) for side in _SIDES)
+        # Chunks of queries are slices of one sequence.
+        chunked = site.turns[-1:] == ("queries",)
+        if chunked or query.cut or key.cut or not (query.origins and key.origins):
+            continue
+        if not (query.origins <= key.origins or key.origins <= query.origins):
             return site
     return None
 
