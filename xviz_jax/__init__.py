@@ -27,6 +27,7 @@ from xviz_jax.attention import grad_sam as grad_sam
 from xviz_jax.attention import gradient_rollout as gradient_rollout
 from xviz_jax.attention import legrad as legrad
 from xviz_jax.attention import raw_attention as raw_attention
+from xviz_jax.attention import special_tokens as special_tokens
 from xviz_jax.attention import value_zeroing as value_zeroing
 from xviz_jax.attribution import Attribution as Attribution
 from xviz_jax.attribution import single as single

@@ -192,6 +192,10 @@ METHODS = [
         class_blind=True,
     ),
     attention("attention_relevance", xv.attention_relevance),
+    attention(
+        "attention_relevance-pooled",
+        partial(xv.attention_relevance, query="pooled"),
+    ),
     attention("raw_attention", xv.raw_attention, class_blind=True),
     attention("gradient_rollout", xv.gradient_rollout),
     attention("attention_grad_cam", xv.attention_grad_cam),

@@ -18,4 +18,5 @@ from xviz_jax.attention.grad_sam import grad_sam as grad_sam
 from xviz_jax.attention.gradient_rollout import gradient_rollout as gradient_rollout
 from xviz_jax.attention.legrad import legrad as legrad
 from xviz_jax.attention.raw_attention import raw_attention as raw_attention
+from xviz_jax.attention.special_tokens import special_tokens as special_tokens
 from xviz_jax.attention.value_zeroing import value_zeroing as value_zeroing

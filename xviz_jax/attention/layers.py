@@ -11,8 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from xviz_jax.attention.streams import crossing
 from xviz_jax.tracing import Site, blocks
 from xviz_jax.tracing.program import Program, trace
+from xviz_jax.tracing.site import positions
 from xviz_jax.tracing.transforms import read, read_cotangents
 
 # A map of this size is read as the model made it: it fits a cache, and making it
@@ -79,6 +81,23 @@ def capture(
     """
     program = trace(model, tuple(args), {})
     sites = self_attention(program.sites)
+    other = crossing(program, sites)
+    if other is not None:
+        raise ValueError(
+            f"{other.name!r} attends from one sequence to another of as many "
+            "positions; this method takes self-attention over one sequence"
+        )
+    return capture_of(program, sites, scalar, streams=streams)
+
+
+def capture_of(
+    program: Program,
+    sites: Sequence[Site],
+    scalar: Callable[[jax.Array], jax.Array] | None = None,
+    *,
+    streams: bool = False,
+) -> tuple[jax.Array, list[Layer]]:
+    """As `capture`, of a traced program and its sites of `self_attention`."""
     if scalar is None:
         wanted = {site.name: _to_read(site, sites) for site in sites}
         output, found = read(program, wanted, once=True)
@@ -171,12 +190,51 @@ def sequence(site: Site, array: jax.Array) -> jax.Array:
     return array.reshape(*site.loops, *array.shape[-2:])
 
 
+def capture_maps(
+    program: Program,
+    sites: Sequence[Site],
+    scalar: Callable[[jax.Array], jax.Array],
+) -> tuple[jax.Array, list[Layer]]:
+    """Reads all maps and their gradients, whatever their size.
+
+    Args:
+      program: A traced model.
+      sites: As `readable` gives them.
+      scalar: As for `capture`.
+
+    Returns:
+      As `capture`.
+    """
+    for site in sites:
+        if "probabilities" not in site.values:
+            raise ValueError(
+                f"the probabilities of {site.name!r} cannot be read: {site.why}"
+            )
+    wanted = {site.name: ("value", "probabilities") for site in sites}
+    output, found = read_cotangents(program, scalar, wanted, once=True)
+    return output, in_order(sites, found)
+
+
 def self_attention(sites: Sequence[Site]) -> tuple[Site, ...]:
     """The sites that an attention method for one sequence can use.
 
     Raises:
       ValueError: If the model has none, if something in it looks like attention but
         is not understood, or if the sites do not belong to one sequence.
+    """
+    found = readable(sites)
+    length = found[0].shape[-1]
+    for site in found:
+        _check_length(site, length)
+    return found
+
+
+def readable(sites: Sequence[Site]) -> tuple[Site, ...]:
+    """The sites of attention, over whichever sequences.
+
+    Raises:
+      ValueError: If the model has none, or if something in it looks like attention
+        but is not understood.
     """
     unknown = [site for site in sites if site.kind == "unknown"]
     if unknown:
@@ -188,13 +246,12 @@ def self_attention(sites: Sequence[Site]) -> tuple[Site, ...]:
         raise ValueError(
             f"the model has no attention to explain; tracing found {', '.join(kinds)}"
         )
-    length = found[0].shape[-1]
     for site in found:
-        _check(site, length)
+        _check(site)
     return found
 
 
-def _check(site: Site, length: int) -> None:
+def _check(site: Site) -> None:
     if "probabilities" not in site.values and site.scale is None:
         raise ValueError(
             f"the probabilities of {site.name!r} cannot be read: {site.why}"
@@ -205,19 +262,21 @@ def _check(site: Site, length: int) -> None:
             f"{site.name!r} lies in a loop over something else than layers, as heads, "
             "shards or examples; use `jax.vmap` there"
         )
-    if site.beside:
-        raise ValueError(
-            f"{site.name!r} runs beside {site.beside!r} and not after it; this method "
-            "takes layers one after another"
-        )
-    batch, _, query, key = site.shape[len(site.loops) :]
-    if _is_chunked(site):
-        query *= site.loops[-1]
+    batch = site.shape[len(site.loops)]
     if batch != 1:
         raise ValueError(
             f"{site.name!r} has a batch of {batch}; a model takes one example "
             "here: use `xv.single`, and `jax.vmap` for a batch"
         )
+
+
+def _check_length(site: Site, length: int) -> None:
+    if site.beside:
+        raise ValueError(
+            f"{site.name!r} runs beside {site.beside!r} and not after it; this method "
+            "takes layers one after another"
+        )
+    query, key = positions(site)
     if query != key or key != length:
         raise ValueError(
             f"{site.name!r} has {query} queries and {key} keys; this method takes "
@@ -257,7 +316,7 @@ def in_order(sites: Sequence[Site], found: dict[str, dict[str, Any]]) -> list[La
                 heads[name] = jnp.concatenate([array, own[name]], axis=-3)
             continue
         arrays[site.name] = own
-        for number, turn in enumerate(_turns(_loops(site))):
+        for number, turn in enumerate(_turns(turning(site))):
             placed.append((_place(site, turn), site, number if turn else None))
     placed.sort(key=lambda each: each[0])
     layers: list[Layer] = []
@@ -270,7 +329,7 @@ def in_order(sites: Sequence[Site], found: dict[str, dict[str, Any]]) -> list[La
         if number is None:
             layers.append(Layer(site, None, values))
             run = 1
-        elif run == len(_turns(_loops(site))):
+        elif run == len(_turns(turning(site))):
             layers.append(Layer(site, run, values))
         else:
             # Several sites share a loop: turn by turn.
@@ -284,7 +343,8 @@ def in_order(sites: Sequence[Site], found: dict[str, dict[str, Any]]) -> list[La
     return layers
 
 
-def _loops(site: Site) -> tuple[int, ...]:
+def turning(site: Site) -> tuple[int, ...]:
+    """Lengths of the loops over layers that a site lies in, outermost first."""
     return site.loops[:-1] if _is_chunked(site) else site.loops
 
 
@@ -308,7 +368,7 @@ def _flat(site: Site, name: str, array: jax.Array) -> jax.Array:
     """A site's value with chunks joined and loops as one axis of layers."""
     if _is_chunked(site):
         array = _joined(site, name, array)
-    loops = _loops(site)
+    loops = turning(site)
     if not loops:
         return array
     for axis, kind in enumerate(site.turns[: len(loops)]):
@@ -407,14 +467,22 @@ def since(layers: Sequence[Layer], start: int) -> list[Layer]:
     Raises:
       ValueError: If none would be left.
     """
-    depth = sum(layer.length for layer in layers)
-    if not 0 <= start < depth:
-        raise ValueError(
-            f"`start_layer` is from 0 to {depth - 1} for {depth} layers, got {start}"
-        )
+    check_start(sum(layer.length for layer in layers), start)
     kept = []
     for layer in layers:
         if start < layer.length:
             kept.append(layer.since(start))
         start = max(start - layer.length, 0)
     return kept
+
+
+def check_start(depth: int, start: int) -> None:
+    """Refuses to leave out every layer.
+
+    Raises:
+      ValueError: If none would be left.
+    """
+    if not 0 <= start < depth:
+        raise ValueError(
+            f"`start_layer` is from 0 to {depth - 1} for {depth} layers, got {start}"
+        )
