@@ -12,6 +12,7 @@ NAMES = [
     "integrated_gradients",
     "rollout",
     "tracing",
+    "attention_methods",
     "attention_rows",
     "loading",
     "comparison",

@@ -17,7 +17,7 @@ FLOORS = {
     "baselines": {"attribution"},
     "gradients": {"attribution", "baselines", "chunks", "kernels", "noise", "tracing"},
     "perturbation": {"attribution", "baselines", "chunks", "tracing"},
-    "attention": {"attribution", "tracing", "kernels"},
+    "attention": {"attribution", "chunks", "kernels", "tracing"},
     "metrics": {"attribution", "baselines", "chunks", "noise", "perturbation"},
     "batch": {"attribution"},
     "models": set(),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 
 import xviz_jax as xv
@@ -66,8 +67,11 @@ def methods() -> dict[str, Callable]:
     for name in dir(xv):
         value = getattr(xv, name)
         if not name.startswith("_") and inspect.isfunction(value):
-            first, *rest = inspect.signature(value).parameters.values()
-            if first.name == "model" and all(p.kind == p.KEYWORD_ONLY for p in rest):
+            signature = inspect.signature(value)
+            first, *rest = signature.parameters.values()
+            explains = signature.return_annotation == Callable[..., Attribution]
+            options = all(p.kind == p.KEYWORD_ONLY for p in rest)
+            if first.name == "model" and options and explains:
                 found[name] = value
     return found
 
@@ -121,13 +125,21 @@ def _method(request: Request) -> tuple[Callable, dict[str, Any]]:
                 f"`--option` is NAME=VALUE with one of {names}, got {option!r}"
             )
         try:
-            options[name] = json.loads(value)
+            options[name] = _as_array(json.loads(value))
         except ValueError:
             options[name] = value
     needed = [p.name for p in parameters if p.default is p.empty]
     if missing := [name for name in needed if name not in options]:
         raise ValueError(f"{request.method} needs an `--option` for each of {missing}")
     return method, options
+
+
+def _as_array(value: Any) -> Any:
+    """Weights and baselines are arrays; axes and sizes, a list of integers."""
+    is_list = isinstance(value, list)
+    if is_list and any(isinstance(each, float | list) for each in value):
+        return jnp.asarray(value)
+    return value
 
 
 def _check_picture(out: Path | None) -> None:
