@@ -102,6 +102,27 @@ def test_failed_records_are_counted_and_not_dropped(found):
     assert 0 < summary.value.estimate < right
 
 
+def test_a_ranking_that_changes_nothing_is_worth_nothing():
+    # Only the first feature counts, and the method names it last.
+    first = lambda x: jnp.stack([x[0], -x[0]])
+
+    def last(x, target=None, key=None):
+        scores = jnp.arange(6, dtype=x.dtype) * (1 + target)
+        return xv.Attribution(scores=scores, output=first(x)[target])
+
+    rows = records() + 3
+    key = jax.random.key(0)
+    found = xv.compare(
+        first, {"last": last}, rows, imputers=ZEROS, microbatch=24, key=key
+    )
+    summary = found.summary("last", "comprehensiveness", "zeros")
+    assert summary.value.estimate == 0
+    assert (summary.flat, summary.undefined) == (0, {})
+    assert found.methods["last"].word == "not supported"
+    luck = found.summary("random", "comprehensiveness", "zeros").value
+    assert luck.low > 0
+
+
 def test_costs(found):
     cost = found.methods["input_x_gradient"].evaluations
     assert cost is not None

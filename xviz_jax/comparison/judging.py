@@ -17,11 +17,13 @@ from xviz_jax.comparison.result import (
     Summary,
     Test,
 )
-from xviz_jax.metrics.measurement import REASONS, Metric
+from xviz_jax.metrics.measurement import REASONS, Metric, Reason
 
 # Scores of another class that are this near, relatively, are the same.
 _SAME = 1e-5
 _EVIDENCE = ("abpc", "comprehensiveness")
+# Of a ranking that changes nothing, where others change something, these are 0.
+_CHANGES = (*_EVIDENCE, "sufficiency")
 
 
 class Judge:
@@ -78,10 +80,14 @@ class Judge:
         """
         names = list(self.explained)
         count, end = len(names), len(names) + self.draws
-        luck = values[:, count:end].mean(axis=1)
-        defined = np.isfinite(luck)
-        first = np.argmax(reasons[:, count:end] > 0, axis=1)
-        why = reasons[np.arange(len(values)), count + first]
+        if metric.name in _CHANGES:
+            some = np.isfinite(values).any(axis=1, keepdims=True)
+            values = np.where(some & (reasons == Reason.NO_CHANGE), 0.0, values)
+        drawn = values[:, count:end]
+        defined = np.isfinite(drawn).any(axis=1)
+        luck = np.array([_mean(row) for row in drawn])
+        # Random rankings are never to blame: it is the record.
+        why = reasons[:, count]
         columns = {name: values[:, number] for number, name in enumerate(names)}
         columns |= {CONTROLS[0]: luck, CONTROLS[1]: values[:, end]}
         columns |= {CEILING: values[:, end + 1]}
@@ -288,5 +294,7 @@ def _counted(why: np.ndarray) -> dict[str, int]:
 def _same(one: np.ndarray, two: np.ndarray) -> bool:
     """Whether scores are the same but for rounding, wherever they are numbers."""
     finite = np.isfinite(one).all(axis=1) & np.isfinite(two).all(axis=1)
+    if not finite.any():
+        return False
     size = np.abs(one[finite]).max(axis=1, keepdims=True, initial=0)
     return bool(np.all(np.abs(one[finite] - two[finite]) <= _SAME * size))

@@ -32,8 +32,8 @@ def faithfulness(
 
     A method has a marker, filled for the first imputer and hollow for others, and the
     colour of its verdict: green if it is supported, red if it is not, orange if that is
-    open, gray if it answers another question. Faithfulness runs from 0, a random ranking, to 1, leave-one-out; what a control
-    reaches is shaded.
+    open, gray if it answers another question. Faithfulness runs from 0, a random
+    ranking, to 1, leave-one-out; what a control reaches is shaded.
 
     Args:
       places: Of each method, an estimate with its interval for each imputer; those
