@@ -268,27 +268,29 @@ def of_embedded(data: Path | None, limit: int | None) -> Subject:
 
 def table(found: Comparison) -> Table:
     """Every ranking's place, by metric and imputer, with what the methods cost."""
-    shown = Table(title="random 0, leave one out 1", title_justify="left")
+    shown = Table(
+        title="random 0, leave one out 1; intervals are in comparison.json",
+        title_justify="left",
+    )
     columns = [
         (metric, imputer)
         for metric in found.settings["evidence"]
         for imputer in found.settings["imputers"]
     ]
-    heads = [f"{metric}\n{imputer}" for metric, imputer in columns]
-    for head in ("method", *heads, "evaluations", "ms"):
-        left = head == "method"
-        shown.add_column(
-            head, justify="left" if left else "right", no_wrap=left, max_width=24
-        )
+    shown.add_column("method", no_wrap=True)
+    for metric, imputer in columns:
+        shown.add_column(f"{metric}, {imputer}", justify="right", overflow="fold")
+    for head in ("passes", "ms"):
+        shown.add_column(head, justify="right", no_wrap=True)
     for name in (*found.methods, *CONTROLS, CEILING):
         places = [found.summary(name, *column).place for column in columns]
-        cells = ["-" if each is None else str(each) for each in places]
+        cells = ["-" if each is None else f"{each.estimate:.2f}" for each in places]
         method = found.methods.get(name)
         if method is None:
             shown.add_row(name, *cells, "", "", style="dim")
             continue
         count = method.evaluations
-        spent = ["-" if count is None else f"{count:.1f}", f"{method.milliseconds:.2g}"]
+        spent = ["-" if count is None else f"{count:.1f}", f"{method.milliseconds:.1f}"]
         shown.add_row(plain(name), *cells, *spent)
     return shown
 
