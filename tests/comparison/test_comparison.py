@@ -107,7 +107,7 @@ def test_a_ranking_that_changes_nothing_is_worth_nothing():
     first = lambda x: jnp.stack([x[0], -x[0]])
 
     def last(x, target=None, key=None):
-        scores = jnp.arange(6, dtype=x.dtype) * (1 + target)
+        scores = jnp.arange(6, dtype=x.dtype) + first(x)[target]
         return xv.Attribution(scores=scores, output=first(x)[target])
 
     rows = records() + 3
