@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 import xviz_jax as xv
 from tests.contract.quick import quick_compilation as quick_compilation
-from xviz_jax import cli, demo, metrics
+from xviz_jax import cli, metrics
 from xviz_jax.comparison import Comparison, Interval
 from xviz_jax.comparison.result import CEILING, CONTROLS
 
@@ -318,17 +318,3 @@ def test_a_bad_call_is_told(arguments, said, tmp_path, capsys):
     assert cli.main(["compare", "--out", str(tmp_path / "out"), *arguments]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_the_demo_says_which_method_may_be_believed(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "METHODS", ("saliency",))
-    out = tmp_path / "demo"
-    asked = ["demo", "--out", str(out), "--limit", "2", "--methods", "saliency"]
-    assert cli.main([*asked, "--compare", "2"]) == 0
-    summary = json.loads((out / "summary.json").read_text())["comparison"]
-    assert summary["images"] == 2
-    assert summary["verdict"] == {"saliency": "inconclusive: 2 inputs are too few"}
-    places = summary["random 0, leave one out 1"]
-    assert set(places) == {"abpc", "comprehensiveness"}
-    assert Comparison.load(out / "comparison.json").verdict == summary["verdict"]
-    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")

@@ -8,17 +8,15 @@ import numpy as np
 import pytest
 
 import xviz_jax as xv
-from tests.comparison import compiled, planted, shortcut
+from tests.comparison import compiled, planted
 from tests.contract.quick import quick_compilation as quick_compilation
 from xviz_jax import metrics
-from xviz_jax.comparison import Comparison
-from xviz_jax.models import embedded
 
 imputers = metrics.imputers
 SHORT = partial(metrics.abpc, steps=5)
 
 
-def of_program(name, methods, *, argument=True, count=48, quadrature=(), **options):
+def of_program(name, methods, *, count=48, quadrature=None, **options):
     """A comparison on random inputs and positions of one compiled program."""
     program = compiled.load(name)
     random = np.random.default_rng(0)
@@ -32,26 +30,23 @@ def of_program(name, methods, *, argument=True, count=48, quadrature=(), **optio
         other = jax.random.choice(key, vocabulary, tokens.shape)
         return jnp.where(present, tokens, other)
 
-    forward, shared = compiled.forward, (program.weights,)
-    if not argument:
-        forward, shared = partial(compiled.forward, program.weights), ()
+    forward = partial(compiled.forward, program.weights)
 
     def rollout(*args, target=None, key=None):
-        # The class token's place is the answer's.
+        # Read where the answer is, behind the token that begins every input.
         explain = xv.attention_rollout(forward, query=args[-1] + 1)
         return explain(*args, target=target, key=key)
 
     known = {
         "attention_rollout": rollout,
         "integrated_gradients": xv.integrated_gradients(
-            forward, baseline=nothing, argnums=len(shared), **dict(quadrature)
+            forward, baseline=nothing, **(quadrature or {})
         ),
     }
     return xv.compare(
         forward,
         {method: known[method] for method in methods},
         (program.tokens[rows], places),
-        shared=shared,
         positions=np.arange(-1, compiled.LENGTH),
         imputers=[
             imputers.custom(draw, name="uniform", random=True),
@@ -76,13 +71,13 @@ def test_rollout_is_refused_on_reverse():
     assert chance.low < 0 < chance.high
     assert truth.low > chance.high
     # Not even where the class is not the question.
-    other = of_program("reverse", both[:1], argument=False, class_specific=False)
+    other = of_program("reverse", both[:1], class_specific=False)
     assert other.methods["attention_rollout"].class_blind is None
     assert not other.verdict["attention_rollout"].startswith("supported")
 
 
 def test_unconverged_integrated_gradients_are_flagged_on_hist():
-    found = of_program("hist", ("integrated_gradients",), argument=False)
+    found = of_program("hist", ("integrated_gradients",))
     method = found.methods["integrated_gradients"]
     assert method.word == "not supported"
     assert "did not converge on 48 of 48 inputs" in method.verdict
@@ -222,56 +217,3 @@ def test_what_is_exact_is_supported_and_its_inverse_is_not(squared):
     assert ceiling.estimate == 1
     assert found.agreement["exact"]["inverse"] == pytest.approx(-1, abs=1e-5)
     assert found.agreement["exact"]["exact"] == pytest.approx(1, abs=1e-5)
-
-
-@pytest.fixture(scope="module")
-def marked() -> tuple[Comparison, Comparison]:
-    """The embedded model and its twin on images whose shirts are marked."""
-    forward, clean, twin = shortcut.twin()
-    images, labels = embedded.images()
-    shirts = np.flatnonzero(labels == shortcut.LABEL)[:8]
-    others = np.flatnonzero(labels != shortcut.LABEL)[:4]
-    chosen = np.concatenate([shirts, others])
-    images, labels = images[chosen], labels[chosen]
-    patches = xv.patches((28, 28), 4)
-
-    def compare(parameters):
-        gradients = xv.integrated_gradients(
-            forward, steps=8, chunk=1, tolerance=1.0, argnums=1
-        )
-        return xv.compare(
-            forward,
-            {"integrated_gradients": gradients},
-            shortcut.mark(images, labels),
-            targets=labels,
-            shared=(parameters,),
-            groups=patches,
-            slices=np.where(labels == shortcut.LABEL, "shirt", "other"),
-            metrics=[
-                partial(metrics.abpc, steps=2),
-                partial(metrics.comprehensiveness, fractions=(0.1,)),
-            ],
-            microbatch=12,
-            key=jax.random.key(0),
-        )
-
-    return compare(clean), compare(twin)
-
-
-def test_a_shortcut_shows_in_its_slice(marked):
-    _, twin = marked
-    method = twin.methods["integrated_gradients"]
-    assert [(name, feature) for name, feature, *_ in method.raised] == [("shirt", 0)]
-    (_, _, share, elsewhere), *_ = method.raised
-    assert share.low > 0.2
-    assert share.estimate > 4 * elsewhere
-    assert method.shares["shirt"][0] == share.estimate
-    assert np.argmax(method.shares["shirt"]) == 0
-
-
-def test_the_model_without_it_raises_nothing(marked):
-    clean, twin = marked
-    method = clean.methods["integrated_gradients"]
-    assert method.raised == []
-    other = twin.methods["integrated_gradients"]
-    assert method.shares["shirt"][0] < other.shares["shirt"][0] / 2
