@@ -20,10 +20,12 @@ FLOORS = {
     "metrics": {"attribution", "baselines", "chunks", "noise", "perturbation"},
     "batch": {"attribution"},
     "models": set(),
+    "audit": set(),
+    "escape": set(),
     "plotting": {"attribution"},
     "demo": {"attention", "attribution", "batch", "gradients", "models", "plotting"},
     "doctor": {"attention", "models", "tracing"},
-    "explain": {"attribution", "doctor", "models", "plotting"},
+    "explain": {"attribution", "doctor", "escape", "models", "plotting"},
     "cli": {"demo", "doctor", "explain", "_version"},
 }
 
