@@ -21,6 +21,8 @@ FLOORS = {
     "metrics": {"attribution", "baselines", "chunks", "noise", "perturbation"},
     "batch": {"attribution"},
     "models": set(),
+    "audit": set(),
+    "escape": set(),
     "plotting": {"attribution"},
     # What it found draws itself, once it is asked to.
     "comparison": {
@@ -28,15 +30,15 @@ FLOORS = {
         "plotting",
     },
     "compare_command": {
-        "attribution", "baselines", "comparison", "doctor", "explain", "metrics",
-        "models", "perturbation",
+        "attribution", "baselines", "comparison", "doctor", "escape", "explain",
+        "metrics", "models", "perturbation",
     },
     "demo": {
         "attention", "attribution", "batch", "compare_command", "comparison",
         "gradients", "models", "plotting",
     },
     "doctor": {"attention", "models", "tracing"},
-    "explain": {"attribution", "doctor", "models", "plotting"},
+    "explain": {"attribution", "doctor", "escape", "models", "plotting"},
     "cli": {"compare_command", "demo", "doctor", "explain", "_version"},
 }
 # fmt: on

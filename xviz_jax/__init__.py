@@ -60,11 +60,12 @@ from xviz_jax.perturbation import rise as rise
 from xviz_jax.perturbation import shapley_value_sampling as shapley_value_sampling
 
 if TYPE_CHECKING:
+    from xviz_jax import audit as audit
     from xviz_jax import models as models
     from xviz_jax import plotting as plotting
 
-# These need flax and matplotlib, which take longer to import than JAX.
-_LAZY = ("models", "plotting")
+# These need flax, matplotlib or an extra, which take longer to import than JAX.
+_LAZY = ("audit", "models", "plotting")
 
 
 def __getattr__(name: str) -> Any:

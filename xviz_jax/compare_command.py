@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from xviz_jax import baselines, doctor, explain, metrics, models
 from xviz_jax.attribution import Attribution
 from xviz_jax.comparison import CEILING, CONTROLS, Comparison, compare
-from xviz_jax.explain.show import plain
+from xviz_jax.escape import terminal
 from xviz_jax.metrics.imputers import Imputer
 from xviz_jax.models import embedded
 from xviz_jax.perturbation import patches
@@ -111,9 +112,9 @@ def run(
         )
     console.print(table(found))
     for name, sentence in found.verdict.items():
-        console.print(plain(f"{name}: {sentence}"))
+        console.print(Text(terminal(f"{name}: {sentence}")))
     write(found, out)
-    console.print(plain(f"results in {out}"))
+    console.print(Text(terminal(f"results in {out}")))
     return found
 
 
@@ -291,7 +292,7 @@ def table(found: Comparison) -> Table:
             continue
         count = method.evaluations
         spent = ["-" if count is None else f"{count:.1f}", f"{method.milliseconds:.1f}"]
-        shown.add_row(plain(name), *cells, *spent)
+        shown.add_row(Text(terminal(name)), *cells, *spent)
     return shown
 
 

@@ -15,7 +15,7 @@ from xviz_jax.attribution import Attribution, Target
 def attention_flow(
     model: Callable,
     *,
-    query: int | jax.Array | None = 0,
+    query: rows.Query | None = 0,
     heads: Heads = "mean",
     residual: float = 0.5,
     start_layer: int = 0,
@@ -39,8 +39,9 @@ def attention_flow(
       model: Maps one example to logits; any JAX function, with its attention found
         by tracing. One sequence, one example.
       query: The position that is explained: 0 for a class token, -1 for the last
-        token of a decoder. May be traced. None for all of them, at as many times the
-        cost.
+        token of a decoder. May be traced. Weights of rows, float `[length]`, `mean` or
+        `pooled` as for `attention_rollout`: a position whose edges are the rows'
+        weighted mean. None for all of them, at as many times the cost.
       heads: How heads are fused: `mean`, `max` or `min`. Rows that no longer sum to
         one are normalised after the residual is added.
       residual: Weight of the identity in each layer, from 0 (none) to 1.
@@ -85,7 +86,9 @@ def attention_flow(
         )
         own = jnp.eye(widths.shape[-1], dtype=jnp.float32)
         if query is not None:
-            own = rows.one_hot(query, widths.shape[-1])[None]
+            own = rows.row_weights(rows.resolve(query, found, model, args), len(own))[
+                None
+            ]
         flow, least = jax.lax.map(
             lambda one: max_flow.from_position(widths, one, chunk), own
         )

@@ -20,7 +20,7 @@ Distance = Literal["cosine", "euclidean"]
 def value_zeroing(
     model: Callable,
     *,
-    query: int | jax.Array | None = 0,
+    query: rows.Query | None = 0,
     layer: int | None = None,
     start_layer: int = 0,
     distance: Distance = "cosine",
@@ -43,7 +43,8 @@ def value_zeroing(
       model: Maps one example to logits; any JAX function, with its attention and
         residual streams found by tracing. One sequence, one example.
       query: The position that is explained: 0 for a class token, -1 for the last
-        token of a decoder. May be traced. None for all of them.
+        token of a decoder. May be traced. Weights of rows, float `[length]`, `mean` or
+        `pooled` as for `attention_rollout`. None for all of them.
       layer: Scores of this layer alone, in the order they run; -1 is the last. None
         to multiply all.
       start_layer: The first layer taken along where they are multiplied.
@@ -92,7 +93,8 @@ def value_zeroing(
         taken = each[number:] if layer is None else each[number][None]
         own = jnp.eye(length, dtype=jnp.float32)
         if query is not None:
-            own = rows.one_hot(query, length)
+            _, found = layers.capture(model, args)
+            own = rows.row_weights(rows.resolve(query, found, model, args), length)
         scores = own
         for matrix in taken[::-1]:
             scores = jnp.matmul(scores, matrix, precision="highest")

@@ -1,6 +1,5 @@
 """An attribution in the terminal, and as a picture."""
 
-import unicodedata
 from typing import Literal
 
 import numpy as np
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from xviz_jax.attribution import Attribution
+from xviz_jax.escape import terminal
 from xviz_jax.explain.subject import Subject
 from xviz_jax.models.image_view import ImageView
 from xviz_jax.models.text import Encoding
@@ -19,8 +19,6 @@ from xviz_jax.plotting.text_attribution import drawable, text_attribution
 _RAISES, _LOWERS, _ALONE = (214, 39, 40), (31, 119, 180), (255, 127, 14)
 # Below this share of the strongest score a word is left as it is.
 _FAINT = 0.02
-# These join letters, and command nothing.
-_JOINERS = "\u200c\u200d"
 
 
 def attribution(
@@ -86,29 +84,21 @@ def shaded(words: list[str], scores: np.ndarray) -> Text:
     line = Text()
     for word, score in zip(words, scores, strict=True):
         letters = word.lstrip()
-        line.append(_harmless(word[: len(word) - len(letters)]))
+        line.append(terminal(word[: len(word) - len(letters)]))
         share = abs(score) / limit
         if not share > _FAINT:
-            line.append(_harmless(letters))
+            line.append(terminal(letters))
             continue
         full = _ALONE if not signed else _RAISES if score > 0 else _LOWERS
         color = [round(255 + share * (part - 255)) for part in full]
         style = f"black on rgb({color[0]},{color[1]},{color[2]})"
-        line.append(_harmless(letters), style=style)
+        line.append(terminal(letters), style=style)
     return line
 
 
 def plain(text: str) -> Text:
     """Text that is neither markup nor a command to the terminal."""
-    return Text(_harmless(text))
-
-
-def _harmless(text: str) -> str:
-    def obeyed(character: str) -> bool:
-        kind = unicodedata.category(character)
-        return kind in ("Cc", "Cf", "Cs") and character not in "\n\t" + _JOINERS
-
-    return "".join("\ufffd" if obeyed(character) else character for character in text)
+    return Text(terminal(text))
 
 
 def _maps(scores: np.ndarray, subject: Subject) -> Axes:

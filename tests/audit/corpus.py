@@ -1,0 +1,41 @@
+"""Texts that have broken a table, a page, a terminal or a figure."""
+
+TEXTS = [
+    '=HYPERLINK("http://example.invalid","click")',
+    "+1+cmd|' /C calc'!A0",
+    "@SUM(1+1)",
+    "-2+3",
+    "\t=1",
+    " =1",
+    "\uff1d1",
+    "\x1b[31mred\x1b[0m",
+    "\x1b]0;title\x07\x9b2J",
+    "$x^$",
+    "$_$ $$ $\\foo$",
+    "{" * 200,
+    "[" * 200,
+    "<script>alert(1)</script>",
+    "\"><img src=x onerror=alert(1)>",
+    "</script><!--",
+    "javascript:alert(1)",
+    "[red]markup[/red]",
+    "\u202eevil\u2066",
+    "\u4e2d\u6587 \U0001f600 \u200d",
+    "../../etc/passwd",
+    "a\nb\r\nc",
+    "NaN",
+    'quote " and , comma',
+]  # fmt: skip
+HALF = "half of a pair: \ud800"
+OUTSIDE = [
+    "../secret.png",
+    "images/../../secret.png",
+    "/etc/passwd",
+    "//host/share/secret.png",
+    "\\\\host\\share\\secret.png",
+    "file:///etc/passwd",
+    "s3://bucket/secret.png",
+    "https://example.invalid/secret.png",
+    "images/\0secret.png",
+    "",
+]
