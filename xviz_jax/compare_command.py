@@ -151,7 +151,7 @@ def judged(
         shared=subject.shared,
         targets=subject.targets,
         groups=groups,
-        positions=_positions(subject, methods),
+        positions=positions_of(subject, methods),
         imputers=subject.imputers,
         metrics=[
             partial(metrics.abpc, steps=steps),
@@ -329,7 +329,7 @@ def _grid(shape: Sequence[int]) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def _positions(
+def positions_of(
     subject: Subject, methods: dict[str, Callable[..., Attribution]]
 ) -> np.ndarray | None:
     """The feature of each position that attention methods score.

@@ -12,7 +12,7 @@ import pytest
 
 import xviz_jax as xv
 from tests.comparison import shortcut
-from xviz_jax import cli, demo, metrics
+from xviz_jax import cli, compare_command, demo, metrics
 from xviz_jax.comparison import Comparison
 from xviz_jax.models import embedded
 
@@ -23,7 +23,7 @@ def marked() -> tuple[Comparison, Comparison]:
     forward, clean, twin = shortcut.twin()
     images, labels = embedded.images()
     shirts = np.flatnonzero(labels == shortcut.LABEL)[:8]
-    others = np.flatnonzero(labels != shortcut.LABEL)[:4]
+    others = np.flatnonzero(labels != shortcut.LABEL)[:2]
     chosen = np.concatenate([shirts, others])
     images, labels = images[chosen], labels[chosen]
     patches = xv.patches((28, 28), 4)
@@ -44,7 +44,7 @@ def marked() -> tuple[Comparison, Comparison]:
                 partial(metrics.abpc, steps=2),
                 partial(metrics.comprehensiveness, fractions=(0.1,)),
             ],
-            microbatch=12,
+            microbatch=10,
             key=jax.random.key(0),
         )
 
@@ -71,14 +71,37 @@ def test_the_model_without_it_raises_nothing(marked):
 
 
 def test_the_demo_says_which_method_may_be_believed(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "METHODS", ("saliency",))
+    weights = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    model = lambda x: x @ weights
+    x = np.random.default_rng(1).normal(size=(16, 6)).astype(np.float32)
+    asked = []
+
+    def judged(subject, methods, *, key, **options):
+        # The embedded model itself is compared above; here it would take too long.
+        asked.append((subject, methods))
+        saliency = {"saliency": xv.saliency(model)}
+        return xv.compare(model, saliency, x, microbatch=16, key=key)
+
+    monkeypatch.setattr(compare_command, "judged", judged)
     out = tmp_path / "demo"
-    asked = ["demo", "--out", str(out), "--limit", "2", "--methods", "saliency"]
-    assert cli.main([*asked, "--compare", "2"]) == 0
+    command = ["demo", "--out", str(out), "--limit", "2", "--methods", "saliency"]
+    assert cli.main([*command, "--compare", "2"]) == 0
     summary = json.loads((out / "summary.json").read_text())["comparison"]
-    assert summary["images"] == 2
-    assert summary["verdict"] == {"saliency": "inconclusive: 2 inputs are too few"}
+    saved = Comparison.load(out / "comparison.json")
+    assert summary["verdict"] == saved.verdict
     places = summary["random 0, leave one out 1"]
     assert set(places) == {"abpc", "comprehensiveness"}
-    assert Comparison.load(out / "comparison.json").verdict == summary["verdict"]
+    low, high = places["abpc"]["zeros"]["saliency"]
+    place = saved.summary("saliency", "abpc", "zeros").place
+    assert place is not None
+    assert (low, high) == (place.low, place.high)
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+    ((subject, methods),) = asked
+    assert set(methods) == set(demo.METHODS)
+    assert subject.records.shape == (2, 28, 28)
+    # A quarter of a patch of four pixels is one of the model's own.
+    positions = compare_command.positions_of(subject, methods)
+    assert positions is not None
+    assert positions[:4].tolist() == [-1, 0, 0, 1]
+    assert np.bincount(positions[1:]).tolist() == [4] * 49
