@@ -67,7 +67,7 @@ def program(widths, query, sink):
     return -found.fun
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["two layers", "causal, four layers", "padded"])
 def test_flows_of_scipy(name, monkeypatch):
     if name == "causal, four layers":
         # Maps are made again from queries and keys.

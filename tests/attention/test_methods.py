@@ -186,7 +186,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [*NETWORKS][2:])
 @pytest.mark.parametrize("method", METHODS)
 def test_formulae(method, name):
     network, (make, formula) = NETWORKS[name], METHODS[method]
@@ -232,8 +232,19 @@ ROLLOUTS = {
 
 
 @pytest.mark.parametrize("small", [0, 8 * 2**20])
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("option", ROLLOUTS)
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        ("weighted", "grouped, scanned"),
+        ("weighted", "causal, four layers"),
+        ("chefer2021", "padded"),
+        ("chefer2021", "two layers"),
+        ("vit_explain", "causal, four layers"),
+        ("vit_explain", "grouped, scanned"),
+        ("discard, max, no residual", "padded"),
+        ("discard, max, no residual", "normalised after"),
+    ],
+)
 def test_rollouts_by_convention(option, name, small, monkeypatch):
     """All rows at once, and the explained one alone."""
     monkeypatch.setattr(xv.attention.layers, "_SMALL_MAP", small)

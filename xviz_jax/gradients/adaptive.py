@@ -228,18 +228,20 @@ class Adaptive:
         order, count = self._order(walk.position, FIRST)
         new = _count(self.chunk) < count
         panels, ends = _count(PANELS), _count(PANELS + 1)
+        # A lookup would ask for one sharding of the batch.
+        node = _equal(_count(FIRST), order)
         middles = _equal(2 * panels + 1, order) & new[None]
         touching = _equal(2 * panels, order) | _equal(2 * panels + 2, order)
         never = jnp.zeros(self.chunk, bool)
         return _Nodes(
-            alphas=jnp.asarray(_NODES, jnp.float32)[order],
+            alphas=_along(node, jnp.asarray(_NODES, jnp.float32)),
             count=count,
             last=walk.position + count == FIRST,
             ends=_weight(touching & new[None], _WIDTHS[:, None] / 2),
             middles=_weight(middles, _WIDTHS[:, None]),
             at_end=_equal(2 * ends, order) & new[None],
             of=_equal(panels, (order - 1) // 2) & new[None],
-            step=jnp.asarray(_GAPS, jnp.float32)[order],
+            step=_along(node, jnp.asarray(_GAPS, jnp.float32)),
             opens=never,
             closes=never,
         )
