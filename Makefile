@@ -34,7 +34,7 @@ else
 	$(PYTHON312) -m venv $(NEWEST)
 	$(NEWEST)/bin/pip install -q --disable-pip-version-check -c constraints.txt -e ".[smoke]"
 	$(NEWEST)/bin/python -m pytest -q -n 2 tests/contract -k \
-	  "float32 or equals or linear or completeness or refused"
+	  "float32 or equals"
 endif
 
 # Every TPU kernel compiled by libtpu, for TPUs that are not there; nothing is run.
@@ -58,6 +58,7 @@ benchmarks: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/attention_rows.py
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/audit.py
+	$(BIN)/python benchmarks/comparison.py
 
 python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

@@ -10,6 +10,15 @@ from tests.contract.table import example, parameters, transformer
 from xviz_jax import batch
 
 
+@pytest.fixture(autouse=True, scope="module")
+def two_devices():
+    """Each has programs of its own to compile, and two are several."""
+    devices = jax.local_devices()[:2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "local_devices", lambda: devices)
+        yield
+
+
 @pytest.fixture(scope="module")
 def explain():
     return xv.integrated_gradients(transformer, steps=4, chunk=1, argnums=1)

@@ -12,9 +12,11 @@ NAMES = [
     "integrated_gradients",
     "rollout",
     "tracing",
+    "attention_methods",
     "attention_rows",
     "loading",
     "audit",
+    "comparison",
     "gpu",
     "tune_kernels",
 ]

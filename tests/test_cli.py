@@ -15,6 +15,7 @@ from xviz_jax import cli, doctor, tracing
 def done(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "out"
     arguments = ["demo", "--out", str(out), "--limit", "10", "--steps", "8"]
+    arguments += ["--compare", "0"]
     assert cli.main(arguments) == 0
     return out, arguments
 
@@ -56,6 +57,7 @@ def test_a_second_run_asks_for_overwrite(done, tmp_path, capsys):
     [
         (["--limit", "0"], "from 1 to 1000, got 0"),
         (["--limit", "1001"], "from 1 to 1000, got 1001"),
+        (["--compare", "1"], "0 or at least 2, got 1"),
         (["--methods", "magic"], "methods are among"),
         (["--steps", "0"], "positive integer, got 0"),
         (["--microbatch", "0"], "positive, got 0"),

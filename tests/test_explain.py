@@ -1,5 +1,6 @@
 """`xviz-jax explain`, on tiny models."""
 
+import inspect
 import json
 import re
 import shutil
@@ -9,11 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+from jax.ad_checkpoint import checkpoint_name
 from PIL import Image
+from rich.console import Console
 
 import xviz_jax as xv
+from tests.contract.quick import quick_compilation as quick_compilation
 from xviz_jax import cli
-from xviz_jax.explain import methods, show
+from xviz_jax.explain import Request, methods, show
+from xviz_jax.explain import run as explain
 from xviz_jax.explain.subject import Subject, of_checkpoint
 from xviz_jax.explain.target import choose
 from xviz_jax.models import TextProcessor
@@ -106,6 +111,21 @@ def test_what_is_explained_of_a_checkpoint(folder):
     assert pair.args[2].tolist() == [0] * 8 + [1, 1]
 
 
+def test_rows_of_a_folder_that_pools(folder):
+    """A folder of sentence-transformers; what its output reads is traced."""
+    model = folder("bert")
+    (model / "1_Pooling").mkdir()
+    said = {"pooling_mode_mean_tokens": True, "word_embedding_dimension": 8}
+    (model / "1_Pooling" / "config.json").write_text(json.dumps(said))
+    assert of_checkpoint(model, TEXT, None, None).query == "pooled"
+    request = Request(model=str(model), text=TEXT, method="attention_rollout")
+    found = explain(request, Console(quiet=True))
+    function = xv.models.load(model).explainable()
+    ids = xv.models.text(model)(TEXT).ids
+    expected = xv.attention_rollout(function, query="mean")(jnp.asarray(ids))
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5)
+
+
 def subject(output, **options):
     """What is explained of a model that only has an output."""
     forward = lambda _, x: x * jnp.array(output)
@@ -175,8 +195,54 @@ def test_a_function_and_an_array(tmp_path, capsys):
     assert out.read_bytes().startswith(b"%PDF")
 
 
+def curved(x):
+    """A function with a named value."""
+    return linear(checkpoint_name(jnp.tanh(x), "hidden"))
+
+
+ON_POSITIONS = ["grad_cam", "hires_cam", "leave_one_out"]
+ON_POSITIONS += [name for name in methods() if hasattr(xv.attention, name)]
+# What methods need besides a model and an input, and what makes them short.
+OPTIONS = {
+    "conductance": ["at=hidden", "steps=2"],
+    "internal_influence": ["at=hidden", "steps=2"],
+    "expected_gradients": ["baselines=[[[0.5,0,0],[0,1,0]]]", "samples=2"],
+    "blur_integrated_gradients": ["sigma=1"],
+    "guided_integrated_gradients": ["steps=5"],
+    "learned_mask": ["steps=2", "cells=2"],
+    "occlusion": ["window=1"],
+    "rise": ["samples=8", "cells=2"],
+}
+
+
+@pytest.mark.parametrize("name", ON_POSITIONS)
+def test_every_method_of_positions_by_name(name, folder, capsys):
+    arguments = ["--model", folder("bert_sequence"), "--text", TEXT]
+    code, said, error = run(capsys, *arguments, "--method", name)
+    assert (code, error) == (0, "")
+    assert f"{name}: LABEL_" in said
+    assert TEXT in said
+
+
+@pytest.mark.parametrize("name", [n for n in methods() if n not in ON_POSITIONS])
+def test_every_other_method_by_name(name, tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.full((2, 3), 2, np.float32))
+    model = ["--model", "tests.test_explain:curved", "--array", tmp_path / "x.npy"]
+    options = [part for each in OPTIONS.get(name, []) for part in ("--option", each)]
+    arguments = [*model, "--method", name, "--target", "1"]
+    code, said, error = run(capsys, *arguments, *options)
+    assert (code, error) == (0, "")
+    assert f"{name}: 1, " in said
+    needed = [p for p in inspect.signature(methods()[name]).parameters.values()][1:]
+    if any(parameter.default is parameter.empty for parameter in needed):
+        code, said, error = run(capsys, *arguments)
+        assert (code, said) == (2, "")
+        assert re.search(rf"{name} needs an `--option` for each of \['\w+'\]", error)
+
+
 def test_methods_are_the_public_ones():
     found = methods()
+    assert "neuron" not in found
     assert {"integrated_gradients", "saliency", "attention_rollout"} <= set(found)
     assert "single" not in found
     assert all(found[name] is getattr(xv, name) for name in found)

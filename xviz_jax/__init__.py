@@ -12,9 +12,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from xviz_jax import baselines as baselines
+from xviz_jax import metrics as metrics
 from xviz_jax import tracing as tracing
 from xviz_jax._version import __version__ as __version__
 from xviz_jax.attention import attcat as attcat
+from xviz_jax.attention import attention_flow as attention_flow
 from xviz_jax.attention import attention_grad_cam as attention_grad_cam
 from xviz_jax.attention import attention_relevance as attention_relevance
 from xviz_jax.attention import attention_rollout as attention_rollout
@@ -23,9 +25,14 @@ from xviz_jax.attention import attn_lrp as attn_lrp
 from xviz_jax.attention import cp_lrp as cp_lrp
 from xviz_jax.attention import grad_sam as grad_sam
 from xviz_jax.attention import gradient_rollout as gradient_rollout
+from xviz_jax.attention import legrad as legrad
 from xviz_jax.attention import raw_attention as raw_attention
+from xviz_jax.attention import special_tokens as special_tokens
+from xviz_jax.attention import value_zeroing as value_zeroing
 from xviz_jax.attribution import Attribution as Attribution
 from xviz_jax.attribution import single as single
+from xviz_jax.comparison import Comparison as Comparison
+from xviz_jax.comparison import compare as compare
 from xviz_jax.gradients import blur_integrated_gradients as blur_integrated_gradients
 from xviz_jax.gradients import conductance as conductance
 from xviz_jax.gradients import expected_gradients as expected_gradients

@@ -1,4 +1,4 @@
-"""The command line: `xviz-jax demo | explain | audit | doctor`."""
+"""The command line: `xviz-jax demo | explain | compare | audit | doctor`."""
 
 import argparse
 import sys
@@ -20,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "demo",
         help="explain 1,000 images with the embedded model",
         description="Explains held-out images with the embedded vision transformer: "
-        "prints a table, writes gallery.png, attributions.npz and summary.json.",
+        "prints a table, writes gallery.png, attributions.npz and summary.json; and "
+        "says which methods may be believed: comparison.json and comparison.png.",
     )
     demo.add_argument("--out", type=Path, required=True, help="folder for the results")
     demo.add_argument("--limit", type=int, default=1000, help="how many images")
@@ -32,6 +33,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--steps", type=int, default=24, help="nodes on a path")
     demo.add_argument("--microbatch", type=int, default=4)
     demo.add_argument("--seed", type=int, default=0, help="picks the gallery's images")
+    demo.add_argument(
+        "--compare",
+        type=int,
+        default=32,
+        help="images on which all methods are compared; 0 for none",
+    )
     demo.add_argument(
         "--overwrite", action="store_true", help="allow a folder that is not empty"
     )
@@ -49,9 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="one for each argument, such as float32[28,28]",
     )
     _explain_arguments(commands)
+    _compare_arguments(commands)
     _audit_arguments(commands)
     arguments = parser.parse_args(argv)
-    run = {"demo": _demo, "doctor": _doctor, "explain": _explain, "audit": _audit}
+    run = {
+        "audit": _audit,
+        "compare": _compare,
+        "demo": _demo,
+        "doctor": _doctor,
+        "explain": _explain,
+    }
     return run[arguments.command](arguments)
 
 
@@ -154,6 +168,62 @@ def _audit_arguments(commands: Any) -> None:
     audit.add_argument("--dry-run", help="say what it would take", **flag)
 
 
+def _compare_arguments(commands: Any) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="say which methods may be believed for a model and its data",
+        description="Measures methods beside random, position-only and leave-one-out "
+        "rankings; prints a table and the verdict, writes comparison.json and "
+        "comparison.png.",
+    )
+    compare.add_argument(
+        "--model",
+        default="embedded",
+        help="embedded, a checkpoint's folder, or module:function",
+    )
+    compare.add_argument(
+        "--data",
+        type=Path,
+        help="a .npy file of records, or an .npz file with `records`, and `targets` "
+        "and `slices` if there are any; default: the embedded model's own images",
+    )
+    compare.add_argument(
+        "--methods",
+        default="attention_rollout,integrated_gradients,saliency,input_x_gradient",
+        help="comma-separated names",
+    )
+    compare.add_argument("--limit", type=int, help="how many records; default: all")
+    compare.add_argument(
+        "--out", type=Path, required=True, help="folder for the results"
+    )
+    compare.add_argument(
+        "--patch", type=int, help="side of a feature in pixels, of images"
+    )
+    compare.add_argument(
+        "--steps", type=int, default=8, help="points of a perturbation curve"
+    )
+    compare.add_argument("--microbatch", type=int, default=8)
+    compare.add_argument("--seed", type=int, default=0, help="of everything random")
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from xviz_jax import compare_command
+
+    # A model beside the reader's own files, as `python -m` would find it.
+    sys.path.insert(0, "")
+    options = {**vars(arguments)}
+    del options["command"]
+    options["methods"] = tuple(arguments.methods.split(","))
+    try:
+        compare_command.run(**options, console=Console())
+    except (ValueError, ImportError) as error:
+        print(f"xviz-jax compare: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     # Imports the model and matplotlib, which `--help` need not wait for.
     from xviz_jax import demo
@@ -164,6 +234,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         "steps": arguments.steps,
         "microbatch": arguments.microbatch,
         "overwrite": arguments.overwrite,
+        "compare": arguments.compare,
     }
     try:
         demo.check(arguments.out, **options)

@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
-from xviz_jax import batch
+from xviz_jax import batch, compare_command
 from xviz_jax.attention import attention_rollout
 from xviz_jax.attribution import Attribution
+from xviz_jax.comparison import CEILING, CONTROLS, Comparison
 from xviz_jax.gradients import input_x_gradient, integrated_gradients, saliency
 from xviz_jax.models import embedded
 from xviz_jax.plotting import gallery
@@ -22,7 +23,8 @@ from xviz_jax.plotting import gallery
 _GALLERY, _GALLERY_MISTAKES = 8, 2
 # Less than a picture shows, and a quarter cheaper than 1%.
 _TOLERANCE = 0.03
-
+# Points of a perturbation curve of the comparison.
+_CURVE = 4
 
 METHODS = (
     "attention_rollout",
@@ -39,6 +41,7 @@ def check(
     steps: int | None,
     microbatch: int,
     overwrite: bool,
+    compare: int,
 ) -> None:
     """Refuses wrong options before anything is computed or written.
 
@@ -54,6 +57,8 @@ def check(
     integrated_gradients(lambda x: x, steps=steps)
     if microbatch < 1:
         raise ValueError(f"`microbatch` is positive, got {microbatch}")
+    if compare < 0 or compare == 1:
+        raise ValueError(f"`compare` is 0 or at least 2, got {compare}")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is not a folder")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
@@ -84,11 +89,13 @@ def run(
     microbatch: int = 4,
     seed: int = 0,
     overwrite: bool = False,
+    compare: int = 0,
 ) -> dict[str, Any]:
     """Explains held-out images, prints a table, and writes the results.
 
     Args:
-      out: Folder for `gallery.png`, `attributions.npz` and `summary.json`.
+      out: Folder for `gallery.png`, `attributions.npz` and `summary.json`, and for
+        `comparison.json` and `comparison.png`.
       limit: How many of the 1,000 images.
       methods: Names among `attention_rollout`, `integrated_gradients`, `saliency`,
         `input_x_gradient`.
@@ -97,6 +104,7 @@ def run(
       microbatch: Images computed at once.
       seed: Picks the images of the gallery.
       overwrite: Allow a folder that is not empty.
+      compare: Images on which all methods are compared; 0 for no comparison.
 
     Returns:
       The summary, as written.
@@ -104,7 +112,7 @@ def run(
     Raises:
       ValueError: If an option does not fit, or the folder is not empty.
     """
-    check(out, limit, methods, steps, microbatch, overwrite)
+    check(out, limit, methods, steps, microbatch, overwrite, compare)
     out.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     forward, parameters = embedded.functional()
@@ -137,9 +145,18 @@ def run(
     )
     summary = _summarise(runs, predicted, labels, steps, microbatch, seed)
     _draw(out / "gallery.png", images, labels, logits, arrays, seed)
+    verdict = None
+    if compare:
+        verdict = _compared(min(compare, limit), console, seed)
+        compare_command.write(verdict, out)
+        summary["comparison"] = _findings(verdict)
     summary["total_seconds"] = round(time.perf_counter() - begin, 2)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     console.print(_table(summary))
+    if verdict is not None:
+        console.print(compare_command.table(verdict))
+        for name, sentence in verdict.verdict.items():
+            console.print(f"{name}: {sentence}", markup=False)
     console.print(
         f"{limit} images, accuracy {summary['accuracy']:.1%}, "
         f"{summary['total_seconds']:.0f} s in all on {summary['device']}; "
@@ -188,6 +205,38 @@ def _summarise(
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "methods": methods,
+    }
+
+
+def _compared(count: int, console: Console, seed: int) -> Comparison:
+    """Which of the methods may be believed, on the first images."""
+    subject = compare_command.of_embedded(None, count)
+    with console.status("comparing") as status:
+        return compare_command.judged(
+            subject,
+            compare_command.explainers(subject, METHODS),
+            steps=_CURVE,
+            key=jax.random.key(seed),
+            progress=lambda part: status.update(f"comparing: {part}"),
+        )
+
+
+def _findings(found: Comparison) -> dict[str, Any]:
+    """The verdict, and the intervals behind it."""
+    settings = found.settings
+    places: dict[str, Any] = {}
+    for metric in settings["evidence"]:
+        for imputer in settings["imputers"]:
+            rows = places.setdefault(metric, {}).setdefault(imputer, {})
+            for name in (*found.methods, *CONTROLS, CEILING):
+                place = found.summary(name, metric, imputer).place
+                rows[name] = None if place is None else [place.low, place.high]
+    return {
+        "images": settings["records"],
+        "features": settings["features"],
+        "level": settings["level"],
+        "verdict": found.verdict,
+        "random 0, leave one out 1": places,
     }
 
 

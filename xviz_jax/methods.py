@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 
 import xviz_jax as xv
+from xviz_jax.attribution import Attribution
 
 
 def methods() -> dict[str, Callable]:
@@ -12,7 +13,10 @@ def methods() -> dict[str, Callable]:
     for name in dir(xv):
         value = getattr(xv, name)
         if not name.startswith("_") and inspect.isfunction(value):
-            first, *rest = inspect.signature(value).parameters.values()
-            if first.name == "model" and all(p.kind == p.KEYWORD_ONLY for p in rest):
+            signature = inspect.signature(value)
+            first, *rest = signature.parameters.values()
+            explains = signature.return_annotation == Callable[..., Attribution]
+            options = all(p.kind == p.KEYWORD_ONLY for p in rest)
+            if first.name == "model" and options and explains:
                 found[name] = value
     return found

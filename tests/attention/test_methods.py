@@ -1,6 +1,7 @@
 """Methods on attention, against float64 formulae on maps that are all written out."""
 
 import dataclasses
+import inspect
 from functools import partial
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 
 import xviz_jax as xv
 from tests.contract.quick import quick_compilation as quick_compilation
+from xviz_jax.explain import methods
 
 WIDTH, CLASSES = 8, 3
 
@@ -184,7 +186,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [*NETWORKS][2:])
 @pytest.mark.parametrize("method", METHODS)
 def test_formulae(method, name):
     network, (make, formula) = NETWORKS[name], METHODS[method]
@@ -230,8 +232,19 @@ ROLLOUTS = {
 
 
 @pytest.mark.parametrize("small", [0, 8 * 2**20])
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("option", ROLLOUTS)
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        ("weighted", "grouped, scanned"),
+        ("weighted", "causal, four layers"),
+        ("chefer2021", "padded"),
+        ("chefer2021", "two layers"),
+        ("vit_explain", "causal, four layers"),
+        ("vit_explain", "grouped, scanned"),
+        ("discard, max, no residual", "padded"),
+        ("discard, max, no residual", "normalised after"),
+    ],
+)
 def test_rollouts_by_convention(option, name, small, monkeypatch):
     """All rows at once, and the explained one alone."""
     monkeypatch.setattr(xv.attention.layers, "_SMALL_MAP", small)
@@ -249,6 +262,20 @@ def test_rollouts_by_convention(option, name, small, monkeypatch):
     )
     if network.causal:
         assert not np.triu(every.scores, 1).any()
+
+
+@pytest.mark.parametrize("small", [0, 8 * 2**20])
+def test_gradient_rollout_discards(small, monkeypatch):
+    """Of maps and tile by tile; the cut is above zero, so that it takes something."""
+    monkeypatch.setattr(xv.attention.layers, "_SMALL_MAP", small)
+    network = NETWORKS["grouped, scanned"]
+    maps, slopes, *_ = network.truth(1)
+    kept = relu(fused(maps * slopes, discard=0.9))
+    assert 0 < (kept > 0).mean() < 0.5 * (maps * slopes > 0).mean()
+    explain = xv.gradient_rollout(network, residual=0.01, discard_ratio=0.9)
+    found = explain(jnp.float32(network.input()), target=1)
+    expected = rollout(kept, network.query, 0.01)
+    np.testing.assert_allclose(found.scores, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_self_is_excluded():
@@ -279,6 +306,25 @@ def test_padding_changes_nothing(method):
     np.testing.assert_allclose(
         few.scores[:length], many.scores[:length], rtol=2e-5, atol=1e-7
     )
+
+
+EVERY = [name for name in dir(xv.attention) if name in methods()]
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_padding_has_nothing(method):
+    """Tokens that no query may attend score exactly zero, and so do their rows."""
+    network = NETWORKS["padded"]
+    x = jnp.float32(network.input())
+    makes = [getattr(xv, method)]
+    if "query" in inspect.signature(makes[0]).parameters:
+        makes.append(partial(makes[0], query="mean"))
+    for make in makes:
+        explain = make(network)
+        every = jax.vmap(lambda target, explain=explain: explain(x, target=target))
+        found = np.asarray(jax.jit(every)(jnp.arange(CLASSES)).scores)
+        assert not found[:, network.length :].any()
+        assert found[:, : network.length].any()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -410,6 +456,8 @@ def test_wrong_options():
         xv.attention_rollout(Network(), residual="half")  # pyright: ignore
     with pytest.raises(ValueError, match="got 'captum'"):
         xv.attention_rollout(Network(), convention="captum")  # pyright: ignore
+    with pytest.raises(ValueError, match="less than 1, got 1"):
+        xv.gradient_rollout(Network(), discard_ratio=1)
     with pytest.raises(ValueError, match="from 0 to 1, got 2"):
         xv.gradient_rollout(Network(), residual=2)
     with pytest.raises(ValueError, match="got 'median'"):

@@ -192,6 +192,10 @@ METHODS = [
         class_blind=True,
     ),
     attention("attention_relevance", xv.attention_relevance),
+    attention(
+        "attention_relevance-pooled",
+        partial(xv.attention_relevance, query="pooled"),
+    ),
     attention("raw_attention", xv.raw_attention, class_blind=True),
     attention("gradient_rollout", xv.gradient_rollout),
     attention("attention_grad_cam", xv.attention_grad_cam),
@@ -199,6 +203,9 @@ METHODS = [
     attention("attcat", xv.attcat, additive=True),
     Method("attn_lrp", xv.attn_lrp, linear=times, quadratic=True, additive=True),
     Method("cp_lrp", xv.cp_lrp, linear=times, quadratic=True, additive=True),
+    attention("attention_flow", xv.attention_flow, class_blind=True),
+    attention("legrad", xv.legrad),
+    attention("value_zeroing", xv.value_zeroing, class_blind=True),
     attention("attention_statistics", xv.attention_statistics, class_blind=True),
 ]
 

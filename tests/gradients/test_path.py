@@ -175,7 +175,7 @@ def on_images(forward, weights, name, saturated):
 
 @pytest.mark.parametrize(
     ("model", "saturated"),
-    [("vit", False), ("convolutional", False), ("convolutional", True)],
+    [("vit", False), ("vit", True), ("convolutional", False), ("convolutional", True)],
 )
 def test_float64_goldens(model, saturated):
     """2,048 nodes in float64, on trained models that smoothly bend and that kink."""
@@ -192,7 +192,7 @@ def test_float64_goldens(model, saturated):
 def test_what_was_measured_holds_what_is_promised():
     """Of inputs that nothing was chosen on; `golden_paths.py` measures it."""
     measured = json.loads((GOLDENS / "paths.json").read_text())
-    assert {name.split()[0] for name in measured} == {"vit", "convolutional"}
+    assert {name.split()[0] for name in measured} == {"vit", "convolutional", "minilm"}
     for name, found in measured.items():
         assert found["error_below_estimate"] >= 0.95, name
         assert found["converged_beyond_twice_tolerance"] <= 0.01, name

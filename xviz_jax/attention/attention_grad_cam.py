@@ -12,7 +12,7 @@ from xviz_jax.attribution import Attribution, Target
 
 
 def attention_grad_cam(
-    model: Callable, *, query: int | jax.Array = 0, layer: int = -1
+    model: Callable, *, query: rows.Query = 0, layer: int = -1
 ) -> Callable[..., Attribution]:
     """One layer's attention, its heads weighed by their gradients as in Grad-CAM.
 
@@ -26,7 +26,10 @@ def attention_grad_cam(
       model: Maps one example to logits; any JAX function, with its attention found
         by tracing. Self-attention over one sequence.
       query: The position the class is read from: 0 for a class token, -1 for the
-        last token of a decoder. May be traced.
+        last token of a decoder. May be traced. `pooled` for the rows that the
+        output reads, found by tracing, with their weights, for another forward pass;
+        `mean` for all rows, averaged, padding's left out; or weights of rows, float
+        `[length]`.
       layer: Which layer, in the order they run; -1 is the last.
 
     Returns:
@@ -50,10 +53,11 @@ def attention_grad_cam(
         logits, found = layers.capture(model, args, scalar)
         one = layers.pick(found, layer)
         seen = layers.attended([one]).astype(jnp.float32)
-        start = rows.one_hot(query, one.site.shape[-1])
-        weights = _mean_gradients(one.values, start, seen / jnp.sum(seen))
+        start = rows.resolve(query, found, model, args)
+        share = rows.row_weights(start, one.site.shape[-1])
+        weights = _mean_gradients(one.values, share, seen / jnp.sum(seen))
         fusion = rows.Fusion("weighted", head_weights=weights / len(weights))
-        row = rows.propagate([one], query, fusion, residual=0.0)
+        row = rows.propagate([one], start, fusion, residual=0.0)
         return Attribution(scores=jax.nn.relu(row), output=scalar(logits))
 
     return explain

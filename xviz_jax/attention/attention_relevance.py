@@ -1,55 +1,79 @@
 """Generic attention relevance (Chefer, Gur and Wolf, 2021, arXiv 2103.15679)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from xviz_jax import attribution
-from xviz_jax.attention import layers, rows
+from xviz_jax.attention import co_attention, layers, rows
 from xviz_jax.attention.attention_rollout import Heads, check_heads
+from xviz_jax.attention.streams import Naming, several
 from xviz_jax.attribution import Attribution, Target
+from xviz_jax.tracing.program import trace
 
 
 def attention_relevance(
     model: Callable,
     *,
-    query: int | jax.Array = 0,
+    query: rows.Query | Mapping[str, rows.Query] = 0,
     heads: Heads = "mean",
     start_layer: int = 0,
+    streams: Naming | None = None,
 ) -> Callable[..., Attribution]:
     """Which positions the model's attention used for a class, through every layer.
 
     Each layer's attention is weighed by its gradient, only what speaks for the
     class is kept, heads are fused, the identity is added for the residual
     connection, and the layers are multiplied. Unlike a rollout it depends on the
-    target. Costs one forward and one backward pass and, for one row, a pass over
-    each layer's map, which is made from queries, keys, values and the gradient at
-    the attention's output, tile by tile: memory grows with the length and not with
-    its square. Computes in float32.
+    target. Never negative; conserves nothing. This is the paper's own convention:
+    the identity and all of attention, rows never normalised but for cross-attention.
+    Costs one forward and one backward pass and, for one row, a pass over each layer's
+    map, which is made from queries, keys, values and the gradient at the attention's
+    output, tile by tile: memory grows with the length and not with its square.
+    Computes in float32.
+
+    With cross-attention, as of an encoder and a decoder or of a text and an image, one
+    relevance is kept for each pair of sequences. Here all maps are held, and memory
+    grows with their squares. Tracing tells the sequences apart by following
+    positions to the arrays in which they began. Attention that reads a sequence as it
+    was before a layer beside it, as in co-attention, takes relevance of before.
 
     Args:
       model: Maps one example to logits; any JAX function, with its attention found
-        by tracing. Self-attention over one sequence.
+        by tracing.
       query: The position the class is read from: 0 for a class token, -1 for the
-        last token of a decoder. May be traced.
-      heads: How heads are fused: `mean`, the paper's, `max` or `min`.
+        last token of a decoder. May be traced. `pooled` for the rows that the
+        output of a model of one sequence reads, found by tracing, with their weights,
+        for another forward pass; `mean` for all rows, averaged, padding's left out; or
+        weights of rows, float `[length]`. Where the output is read from several
+        sequences, one of them by its name, `{name: position}`.
+      heads: How heads are fused: `mean`, the paper's, or for one sequence `max` or
+        `min`, and then rows are normalised.
       start_layer: The first layer taken along; earlier ones are left out.
+      streams: Names the sequences, if tracing cannot tell them apart: of each
+        attention site, by its name, those of its queries and of its keys.
 
     Returns:
       `explain(*args, target=None, key=None) -> Attribution`, with one score for
-      each position, non-negative and not normalised, and these diagnostics:
+      each position, non-negative and not normalised; for several sequences a dict of
+      these by the name in `streams`, or else of the first attention site whose
+      queries run over it (`NAME/key` if only keys of the site NAME do). Diagnostics:
 
-      - `mass`: sum of the scores, at least 1: the identity that every layer adds;
-      - `self_share`: the score of the explained position itself, at least 1 too.
+      - `mass`: sum of the scores, of one position at least 1: the identity that every
+        layer adds;
+      - `self_share`: the score of the explained position itself, at least 1 too; of
+        several, by their weights.
 
     Raises:
-      ValueError: If the model has no self-attention over one sequence, or attention
-        that is not understood, or an option does not fit.
+      ValueError: If the model has no attention, or some that is not understood; if
+        its sequences cannot be told apart, with the name of the site; if an option
+        does not fit.
 
     Source: equations 5 and 6 of the paper, with R the identity at first; the row of
     R that belongs to `query`. The gradient of the attention A = softmax(QKᵀ) is
-    dL/dO Vᵀ, with O = A V.
+    dL/dO Vᵀ, with O = A V. For several sequences equations 5 to 11; what a sequence
+    has of a third is passed on as in equation 11.
     """
     check_heads(heads)
 
@@ -59,10 +83,30 @@ def attention_relevance(
         def scalar(logits: jax.Array) -> jax.Array:
             return attribution.explained(attribution.hold(target, logits), logits)
 
-        logits, found = layers.capture(model, args, scalar)
+        program = trace(model, args, {})
+        found = several(program, layers.readable(program.sites), streams)
+        if found is not None:
+            if heads != "mean":
+                raise ValueError(
+                    f"`heads` of several sequences are fused by 'mean', got {heads!r}"
+                )
+            logits, scores, diagnostics = co_attention.relevance(
+                program, found, scalar, query, start_layer
+            )
+            return Attribution(
+                scores=scores, output=scalar(logits), diagnostics=diagnostics
+            )
+        if isinstance(query, Mapping):
+            raise ValueError(
+                f"`query` names a sequence where there are several, got {query!r} for "
+                "a model of one"
+            )
+        sites = layers.self_attention(program.sites)
+        logits, read = layers.capture_of(program, sites, scalar)
+        start = rows.resolve(query, read, model, args)
         row = rows.propagate(
-            layers.since(found, start_layer),
-            query,
+            layers.since(read, start_layer),
+            start,
             rows.Fusion(heads, "relu_gradient_x_attention"),
             residual="add",
             normalize=heads != "mean",
@@ -70,7 +114,7 @@ def attention_relevance(
         return Attribution(
             scores=row,
             output=scalar(logits),
-            diagnostics=rows.diagnostics(row, query),
+            diagnostics=rows.diagnostics(row, start),
         )
 
     return explain

@@ -23,7 +23,7 @@ _CONVENTIONS: dict[str, tuple[Literal["add"] | float, float]] = {
 def attention_rollout(
     model: Callable,
     *,
-    query: int | jax.Array | None = 0,
+    query: rows.Query | None = 0,
     heads: Heads | jax.Array = "mean",
     residual: Literal["add"] | float | None = None,
     discard_ratio: float | None = None,
@@ -45,7 +45,10 @@ def attention_rollout(
       model: Maps one example to logits; any JAX function, with its attention found
         by tracing. One sequence, one example.
       query: The position that is explained: 0 for a class token, -1 for the last
-        token of a decoder. May be traced. None for all of them, in memory that grows
+        token of a decoder. May be traced. `pooled` for the rows that the
+        output reads, found by tracing, with their weights, for another forward pass;
+        `mean` for all rows, averaged, padding's left out; or weights of rows, float
+        `[length]`. None for all of them, in memory that grows
         with the square of the length.
       heads: How heads are fused: `mean`, `max`, `min`, or weights of heads, float
         `[heads]`. Rows that no longer sum to one are normalised after the residual is
@@ -71,7 +74,7 @@ def attention_rollout(
 
       - `mass`: sum of the scores, 1 but for rounding, unless the residual is `add`;
       - `self_share`: the score of the explained position itself, before it is
-        excluded, which the residual makes large.
+        excluded, which the residual makes large; of several, by their weights.
 
     Raises:
       ValueError: If the model has no self-attention over one sequence, or attention
@@ -100,16 +103,19 @@ def attention_rollout(
         del key
         logits, found = layers.capture(model, args)
         _check_weights(fusion, found)
+        start = None if query is None else rows.resolve(query, found, model, args)
         found = layers.since(found, start_layer)
-        if query is None:
+        if start is None:
             scores = rows.product(found, fusion, **options)
-            own = jnp.eye(len(scores), dtype=bool)
+            own = jnp.eye(len(scores))
         else:
-            scores = rows.propagate(found, query, fusion, **options)
-            own = rows.one_hot(query, len(scores)) > 0
-        self_share = jnp.sum(jnp.where(own, scores, 0), axis=-1)
+            scores = rows.propagate(found, start, fusion, **options)
+            own = rows.row_weights(start, len(scores))
+        self_share = jnp.sum(scores * own, axis=-1)
         if exclude_self:
-            scores = jnp.where(own, 0, scores)
+            if start is not None and jnp.ndim(start) == 1:
+                raise ValueError("`exclude_self` needs one position, got several")
+            scores = jnp.where(own > 0, 0, scores)
             total = jnp.sum(scores, axis=-1, keepdims=True)
             scores = scores / jnp.where(total == 0, 1, total)
         return Attribution(

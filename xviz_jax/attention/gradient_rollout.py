@@ -17,15 +17,17 @@ from xviz_jax.attribution import Attribution, Target
 def gradient_rollout(
     model: Callable,
     *,
-    query: int | jax.Array = 0,
+    query: rows.Query = 0,
     residual: float = 0.5,
+    discard_ratio: float = 0.0,
     start_layer: int = 0,
 ) -> Callable[..., Attribution]:
     """Follows what attention contributes to a class through every layer.
 
     Each layer's attention times its gradient is averaged over heads, its positive
     part is mixed with the identity, rows are divided by their sums, and the layers
-    are multiplied. Gradients are small beside the identity, which the model's scale
+    are multiplied. The convention is that of vit-explain, but for what it discards.
+    Gradients are small beside the identity, which the model's scale
     therefore weighs: `attention_relevance` is the published form. Never negative;
     sums to one. Costs one forward and one backward pass and two passes over each
     layer's map, made tile by tile. Computes in float32.
@@ -34,9 +36,14 @@ def gradient_rollout(
       model: Maps one example to logits; any JAX function, with its attention found
         by tracing. Self-attention over one sequence.
       query: The position the class is read from: 0 for a class token, -1 for the
-        last token of a decoder. May be traced.
+        last token of a decoder. May be traced. `pooled` for the rows that the
+        output reads, found by tracing, with their weights, for another forward pass;
+        `mean` for all rows, averaged, padding's left out; or weights of rows, float
+        `[length]`.
       residual: Weight of the identity in each layer, from 0 (none) to 1. Without
         any, a row that has nothing positive stays zero.
+      discard_ratio: The fraction of entries of each layer's fused map, its lowest,
+        that count as zero; 0.9 by default in the repository.
       start_layer: The first layer taken along; earlier ones are left out.
 
     Returns:
@@ -44,7 +51,8 @@ def gradient_rollout(
       each position, and these diagnostics:
 
       - `mass`: sum of the scores;
-      - `self_share`: the score of the explained position itself.
+      - `self_share`: the score of the explained position itself; of several, by their
+        weights.
 
     Raises:
       ValueError: If the model has no self-attention over one sequence, or attention
@@ -55,7 +63,15 @@ def gradient_rollout(
     """
     if not 0 <= residual <= 1:
         raise ValueError(f"`residual` is a weight from 0 to 1, got {residual}")
-    fusion = rows.Fusion(relevance="gradient_x_attention", rectify=True)
+    if not 0 <= discard_ratio < 1:
+        raise ValueError(
+            f"`discard_ratio` is from 0 to less than 1, got {discard_ratio}"
+        )
+    fusion = rows.Fusion(
+        relevance="gradient_x_attention",
+        rectify=True,
+        discard_ratio=float(discard_ratio),
+    )
 
     def explain(*args: Any, target: Target = None, key: Any = None) -> Attribution:
         del key
@@ -64,9 +80,10 @@ def gradient_rollout(
             return attribution.explained(attribution.hold(target, logits), logits)
 
         logits, found = layers.capture(model, args, scalar)
+        start = rows.resolve(query, found, model, args)
         row = rows.propagate(
             layers.since(found, start_layer),
-            query,
+            start,
             fusion,
             residual=float(residual),
             normalize=True,
@@ -74,7 +91,7 @@ def gradient_rollout(
         return Attribution(
             scores=row,
             output=scalar(logits),
-            diagnostics=rows.diagnostics(row, query),
+            diagnostics=rows.diagnostics(row, start),
         )
 
     return explain

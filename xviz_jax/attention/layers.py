@@ -11,8 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from xviz_jax.tracing import Site
-from xviz_jax.tracing.program import trace
+from xviz_jax.attention.streams import crossing
+from xviz_jax.tracing import Site, blocks
+from xviz_jax.tracing.program import Program, trace
+from xviz_jax.tracing.site import positions
 from xviz_jax.tracing.transforms import read, read_cotangents
 
 # A map of this size is read as the model made it: it fits a cache, and making it
@@ -79,6 +81,23 @@ def capture(
     """
     program = trace(model, tuple(args), {})
     sites = self_attention(program.sites)
+    other = crossing(program, sites)
+    if other is not None:
+        raise ValueError(
+            f"{other.name!r} attends from one sequence to another of as many "
+            "positions; this method takes self-attention over one sequence"
+        )
+    return capture_of(program, sites, scalar, streams=streams)
+
+
+def capture_of(
+    program: Program,
+    sites: Sequence[Site],
+    scalar: Callable[[jax.Array], jax.Array] | None = None,
+    *,
+    streams: bool = False,
+) -> tuple[jax.Array, list[Layer]]:
+    """As `capture`, of a traced program and its sites of `self_attention`."""
     if scalar is None:
         wanted = {site.name: _to_read(site, sites) for site in sites}
         output, found = read(program, wanted, once=True)
@@ -94,8 +113,57 @@ def capture(
             own = found.pop(site.name)
             for kind in ("activation", "output_cotangent"):
                 ending = kind.removeprefix("activation").removeprefix("output")
-                found[name][f"stream{ending}"] = _sequence(site, own[kind])
-    return output, _in_order(sites, found)
+                found[name][f"stream{ending}"] = sequence(site, own[kind])
+    return output, in_order(sites, found)
+
+
+def capture_own(
+    model: Callable,
+    args: Sequence[Any],
+    scalar: Callable[[jax.Array, jax.Array], jax.Array],
+    last: str | None = None,
+) -> tuple[jax.Array, list[Layer]]:
+    """Runs a model and reads its self-attention, with each layer's own gradient.
+
+    Args:
+      model: Maps one example to logits.
+      args: Its positional arguments.
+      scalar: Maps what the model says if a layer were its last, and what it says, to
+        what is explained. Its gradient at the layer's attention is read.
+      last: As in `tracing.blocks.cut`.
+
+    Returns:
+      As `capture`.
+
+    Raises:
+      ValueError: As `cut`.
+    """
+    program = trace(model, tuple(args), {})
+    sites = self_attention(program.sites)
+    single = len(sites) == 1 and not sites[0].loops
+    wanted = {
+        site.name: ("value", *(_TILED if _is_tiled(site, sites) else _DENSE))
+        for site in sites
+    }
+    apart = cut(program, sites, last, needs_last=not single)
+    output, found = blocks.read_own_cotangents(apart, scalar, wanted)
+    return output, in_order(sites, found)
+
+
+def cut(
+    program: Program,
+    sites: Sequence[Site],
+    last: str | None = None,
+    *,
+    needs_last: bool = True,
+) -> blocks.Blocks:
+    """Cuts a model between its layers, as `tracing.blocks.cut`.
+
+    Raises:
+      ValueError: As there; and if a layer has no residual stream.
+    """
+    entries = {n: site.name for n, site in _streams(program.sites, sites).items()}
+    return blocks.cut(program, entries, last, needs_last=needs_last)
 
 
 def _streams(sites: Sequence[Site], layers: Sequence[Site]) -> dict[str, Site]:
@@ -117,9 +185,34 @@ def _streams(sites: Sequence[Site], layers: Sequence[Site]) -> dict[str, Site]:
     return found
 
 
-def _sequence(site: Site, array: jax.Array) -> jax.Array:
+def sequence(site: Site, array: jax.Array) -> jax.Array:
     """A stream `[*loops, length, features]`, without a batch of one."""
     return array.reshape(*site.loops, *array.shape[-2:])
+
+
+def capture_maps(
+    program: Program,
+    sites: Sequence[Site],
+    scalar: Callable[[jax.Array], jax.Array],
+) -> tuple[jax.Array, list[Layer]]:
+    """Reads all maps and their gradients, whatever their size.
+
+    Args:
+      program: A traced model.
+      sites: As `readable` gives them.
+      scalar: As for `capture`.
+
+    Returns:
+      As `capture`.
+    """
+    for site in sites:
+        if "probabilities" not in site.values:
+            raise ValueError(
+                f"the probabilities of {site.name!r} cannot be read: {site.why}"
+            )
+    wanted = {site.name: ("value", "probabilities") for site in sites}
+    output, found = read_cotangents(program, scalar, wanted, once=True)
+    return output, in_order(sites, found)
 
 
 def self_attention(sites: Sequence[Site]) -> tuple[Site, ...]:
@@ -128,6 +221,20 @@ def self_attention(sites: Sequence[Site]) -> tuple[Site, ...]:
     Raises:
       ValueError: If the model has none, if something in it looks like attention but
         is not understood, or if the sites do not belong to one sequence.
+    """
+    found = readable(sites)
+    length = found[0].shape[-1]
+    for site in found:
+        _check_length(site, length)
+    return found
+
+
+def readable(sites: Sequence[Site]) -> tuple[Site, ...]:
+    """The sites of attention, over whichever sequences.
+
+    Raises:
+      ValueError: If the model has none, or if something in it looks like attention
+        but is not understood.
     """
     unknown = [site for site in sites if site.kind == "unknown"]
     if unknown:
@@ -139,13 +246,12 @@ def self_attention(sites: Sequence[Site]) -> tuple[Site, ...]:
         raise ValueError(
             f"the model has no attention to explain; tracing found {', '.join(kinds)}"
         )
-    length = found[0].shape[-1]
     for site in found:
-        _check(site, length)
+        _check(site)
     return found
 
 
-def _check(site: Site, length: int) -> None:
+def _check(site: Site) -> None:
     if "probabilities" not in site.values and site.scale is None:
         raise ValueError(
             f"the probabilities of {site.name!r} cannot be read: {site.why}"
@@ -156,19 +262,21 @@ def _check(site: Site, length: int) -> None:
             f"{site.name!r} lies in a loop over something else than layers, as heads, "
             "shards or examples; use `jax.vmap` there"
         )
-    if site.beside:
-        raise ValueError(
-            f"{site.name!r} runs beside {site.beside!r} and not after it; this method "
-            "takes layers one after another"
-        )
-    batch, _, query, key = site.shape[len(site.loops) :]
-    if _is_chunked(site):
-        query *= site.loops[-1]
+    batch = site.shape[len(site.loops)]
     if batch != 1:
         raise ValueError(
             f"{site.name!r} has a batch of {batch}; a model takes one example "
             "here: use `xv.single`, and `jax.vmap` for a batch"
         )
+
+
+def _check_length(site: Site, length: int) -> None:
+    if site.beside:
+        raise ValueError(
+            f"{site.name!r} runs beside {site.beside!r} and not after it; this method "
+            "takes layers one after another"
+        )
+    query, key = positions(site)
     if query != key or key != length:
         raise ValueError(
             f"{site.name!r} has {query} queries and {key} keys; this method takes "
@@ -195,7 +303,7 @@ def _to_read(site: Site, sites: Sequence[Site]) -> tuple[str, ...]:
     return _DENSE if dense or not _is_tiled(site, sites) else _TILED
 
 
-def _in_order(sites: Sequence[Site], found: dict[str, dict[str, Any]]) -> list[Layer]:
+def in_order(sites: Sequence[Site], found: dict[str, dict[str, Any]]) -> list[Layer]:
     """Layers in the order they run; a loop of one site stays one `Layer`."""
     placed: list[tuple[tuple[int, ...], Site, int | None]] = []
     arrays: dict[str, dict[str, jax.Array]] = {}
@@ -208,7 +316,7 @@ def _in_order(sites: Sequence[Site], found: dict[str, dict[str, Any]]) -> list[L
                 heads[name] = jnp.concatenate([array, own[name]], axis=-3)
             continue
         arrays[site.name] = own
-        for number, turn in enumerate(_turns(_loops(site))):
+        for number, turn in enumerate(_turns(turning(site))):
             placed.append((_place(site, turn), site, number if turn else None))
     placed.sort(key=lambda each: each[0])
     layers: list[Layer] = []
@@ -221,7 +329,7 @@ def _in_order(sites: Sequence[Site], found: dict[str, dict[str, Any]]) -> list[L
         if number is None:
             layers.append(Layer(site, None, values))
             run = 1
-        elif run == len(_turns(_loops(site))):
+        elif run == len(_turns(turning(site))):
             layers.append(Layer(site, run, values))
         else:
             # Several sites share a loop: turn by turn.
@@ -235,7 +343,8 @@ def _in_order(sites: Sequence[Site], found: dict[str, dict[str, Any]]) -> list[L
     return layers
 
 
-def _loops(site: Site) -> tuple[int, ...]:
+def turning(site: Site) -> tuple[int, ...]:
+    """Lengths of the loops over layers that a site lies in, outermost first."""
     return site.loops[:-1] if _is_chunked(site) else site.loops
 
 
@@ -259,7 +368,7 @@ def _flat(site: Site, name: str, array: jax.Array) -> jax.Array:
     """A site's value with chunks joined and loops as one axis of layers."""
     if _is_chunked(site):
         array = _joined(site, name, array)
-    loops = _loops(site)
+    loops = turning(site)
     if not loops:
         return array
     for axis, kind in enumerate(site.turns[: len(loops)]):
@@ -329,20 +438,51 @@ def attended(layers: Sequence[Layer]) -> jax.Array:
     return seen
 
 
+def seen(layer: Layer, position: jax.Array) -> jax.Array:
+    """Which keys a query of one layer attends, bool `[heads or 1, length]`."""
+    values, site = layer.values, layer.site
+    if "probabilities" in values:
+        return values["probabilities"][0][:, position] > 0
+    ahead = jnp.arange(site.shape[-1]) - position
+    allowed = jnp.ones(ahead.shape, bool)
+    if site.causal:
+        allowed &= ahead <= 0
+    left, right = site.window or (None, None)
+    if left is not None:
+        allowed &= ahead >= -left
+    if right is not None:
+        allowed &= ahead <= right
+    allowed = allowed[None]
+    row = lambda array: array[0, :, position if array.shape[-2] > 1 else 0]
+    if "remaining_mask" in values:
+        allowed = allowed & row(values["remaining_mask"])
+    if "bias" in values:
+        allowed = allowed & (row(values["bias"]) > _MASKING_BIAS)
+    return allowed
+
+
 def since(layers: Sequence[Layer], start: int) -> list[Layer]:
     """Without the first `start` layers.
 
     Raises:
       ValueError: If none would be left.
     """
-    depth = sum(layer.length for layer in layers)
-    if not 0 <= start < depth:
-        raise ValueError(
-            f"`start_layer` is from 0 to {depth - 1} for {depth} layers, got {start}"
-        )
+    check_start(sum(layer.length for layer in layers), start)
     kept = []
     for layer in layers:
         if start < layer.length:
             kept.append(layer.since(start))
         start = max(start - layer.length, 0)
     return kept
+
+
+def check_start(depth: int, start: int) -> None:
+    """Refuses to leave out every layer.
+
+    Raises:
+      ValueError: If none would be left.
+    """
+    if not 0 <= start < depth:
+        raise ValueError(
+            f"`start_layer` is from 0 to {depth - 1} for {depth} layers, got {start}"
+        )

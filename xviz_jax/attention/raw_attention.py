@@ -15,7 +15,7 @@ from xviz_jax.attribution import Attribution, Target
 def raw_attention(
     model: Callable,
     *,
-    query: int | jax.Array = 0,
+    query: rows.Query = 0,
     layer: int = -1,
     head: int | None = None,
     heads: Heads = "mean",
@@ -31,7 +31,9 @@ def raw_attention(
       model: Maps one example to logits; any JAX function, with its attention found
         by tracing. One sequence, one example.
       query: The position that looks: 0 for a class token, -1 for the last token of a
-        decoder. May be traced.
+        decoder. May be traced. `pooled` for the rows that the output reads, found by
+        tracing, with their weights, for another forward pass; `mean` for all rows,
+        averaged, padding's left out; or weights of rows, float `[length]`.
       layer: Which layer, in the order they run; -1 is the last.
       head: Which head; None for all of them.
       heads: How they are then fused: `mean`, `max` or `min`.
@@ -41,7 +43,8 @@ def raw_attention(
       each position, and these diagnostics:
 
       - `mass`: sum of the scores;
-      - `self_share`: the score of the explained position itself.
+      - `self_share`: the score of the explained position itself; of several, by their
+        weights.
 
     Raises:
       ValueError: If the model has no self-attention over one sequence, or attention
@@ -56,12 +59,12 @@ def raw_attention(
     def explain(*args: Any, target: Target = None, key: Any = None) -> Attribution:
         del key
         logits, found = layers.capture(model, args)
-        one = layers.pick(found, layer)
-        row = rows.propagate([one], query, _fusion(one, head, heads), residual=0.0)
+        one, start = layers.pick(found, layer), rows.resolve(query, found, model, args)
+        row = rows.propagate([one], start, _fusion(one, head, heads), residual=0.0)
         return Attribution(
             scores=row,
             output=attribution.explained(attribution.hold(target, logits), logits),
-            diagnostics=rows.diagnostics(row, query),
+            diagnostics=rows.diagnostics(row, start),
         )
 
     return explain

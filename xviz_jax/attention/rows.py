@@ -12,6 +12,8 @@ from xviz_jax.kernels.attention_fused_matrix import attention_fused_matrix
 from xviz_jax.kernels.attention_fused_quantile import attention_fused_quantile
 from xviz_jax.kernels.attention_map import HeadFusion, Relevance
 from xviz_jax.kernels.rollout_rows import rollout_rows
+from xviz_jax.tracing import pooling
+from xviz_jax.tracing.program import trace
 
 # What kernels of one layer call the stacks of those of several.
 SINGLE = {
@@ -25,6 +27,9 @@ SINGLE = {
     "head_weights": "head_weights",
     "thresholds": "threshold",
 }
+# One position, weights of rows, `mean`: all rows but padding's, alike; or `pooled`:
+# as the model's output reads them.
+Query = int | jax.Array | Literal["mean", "pooled"]
 _SINGULAR = {"masks": "mask", "biases": "bias", "key_masks": "key_mask"}
 
 
@@ -47,6 +52,52 @@ def one_hot(query: int | jax.Array, length: int) -> jax.Array:
     valid = (position >= -length) & (position < length)
     row = jax.nn.one_hot(position % length, length, dtype=jnp.float32)
     return jnp.where(valid, row, jnp.nan)
+
+
+def resolve(
+    query: Query, layers: Sequence[Layer], model: Callable, args: Sequence[Any]
+) -> int | jax.Array:
+    """A position, or weights of rows, as `propagate` takes them.
+
+    Args:
+      query: As a user gives it.
+      layers: As `capture` gives them, all of the model's.
+      model: Whose layers these are.
+      args: Its positional arguments.
+
+    Raises:
+      ValueError: If it is neither a position nor weights of all rows, or if it is
+        `pooled` and how the model pools is not found.
+    """
+    length = layers[-1].site.shape[-1]
+    if isinstance(query, str):
+        if query == "mean":
+            return uniform(layers)
+        if query != "pooled":
+            raise ValueError(
+                "`query` is a position, weights of rows, 'mean' or 'pooled', got "
+                f"{query!r}"
+            )
+        query = pooling.weights(trace(model, tuple(args), {}))
+    if jnp.ndim(query) == 1:
+        return weights_of_rows(query, length)
+    one_hot(query, length)
+    return query
+
+
+def weights_of_rows(query: int | jax.Array, length: int) -> jax.Array:
+    """Weights of rows, float32 `[length]`.
+
+    Raises:
+      ValueError: If these are no floats, or not one for each row.
+    """
+    weights = jnp.asarray(query)
+    if weights.shape != (length,) or not jnp.issubdtype(weights.dtype, jnp.floating):
+        raise ValueError(
+            f"weights of rows in `query` are float[{length}], got {weights.dtype}"
+            f"{list(weights.shape)}"
+        )
+    return weights.astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,17 +229,12 @@ def product(
     Returns:
       The matrix, float32 `[query, key]`.
     """
-    kept, mixed = _shares(residual)
-    identity = jnp.eye(layers[-1].site.shape[-1], dtype=jnp.float32)
 
     def through(below: jax.Array, layer: Layer) -> jax.Array:
-        step = kept * identity + mixed * _matrix(layer, fusion)
-        if normalize and not fusion.keeps_sums:
-            total = jnp.sum(step, axis=-1, keepdims=True)
-            step = step / jnp.where(total == 0, 1, total)
+        step = _mixed(layer, fusion, residual, normalize)
         return jnp.matmul(step, below, precision="highest")
 
-    found = identity
+    found = jnp.eye(layers[-1].site.shape[-1], dtype=jnp.float32)
     for layer in layers:
         if layer.count is None:
             found = through(found, layer)
@@ -200,6 +246,31 @@ def product(
 
         found, _ = jax.lax.scan(turn, found, own)
     return found
+
+
+def matrices(
+    layers: Sequence[Layer],
+    fusion: Fusion,
+    *,
+    residual: Literal["add"] | float,
+    normalize: bool = False,
+) -> jax.Array:
+    """The factors of `product`, first layer first, float32 `[depth, query, key]`."""
+    one = lambda layer: _mixed(layer, fusion, residual, normalize)
+    return jnp.concatenate(apart(layers, one))
+
+
+def _mixed(
+    layer: Layer, fusion: Fusion, residual: Literal["add"] | float, normalize: bool
+) -> jax.Array:
+    """The fused map of one layer with its share of the identity."""
+    kept, mixed = _shares(residual)
+    identity = jnp.eye(layer.site.shape[-1], dtype=jnp.float32)
+    step = kept * identity + mixed * matrix(layer, fusion)
+    if normalize and not fusion.keeps_sums:
+        total = jnp.sum(step, axis=-1, keepdims=True)
+        step = step / jnp.where(total == 0, 1, total)
+    return step
 
 
 def split(layer: Layer) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
@@ -223,7 +294,7 @@ def _shares(residual: Literal["add"] | float) -> tuple[float, float]:
     return (1.0, 1.0) if residual == "add" else (residual, 1 - residual)
 
 
-def _matrix(layer: Layer, fusion: Fusion) -> jax.Array:
+def matrix(layer: Layer, fusion: Fusion) -> jax.Array:
     """The fused map of one layer, float32 `[query, key]`."""
     if "probabilities" in layer.values:
         return _fused(layer.values, fusion)
@@ -326,6 +397,17 @@ def gradient(values: dict[str, jax.Array]) -> jax.Array:
     return jnp.einsum("qhd,khd->hqk", cotangent, value, precision="highest")
 
 
+def gradient_row(values: dict[str, jax.Array], position: jax.Array) -> jax.Array:
+    """The gradient at one query of one layer's map, float32 `[heads, key]`."""
+    if "probabilities_cotangent" in values:
+        return values["probabilities_cotangent"][0][:, position].astype(jnp.float32)
+    cotangent = values["output_cotangent"][0][position].astype(jnp.float32)
+    value = values["value"][0].astype(jnp.float32)
+    cotangent = cotangent.reshape(value.shape[1], -1, value.shape[2])
+    slope = jnp.einsum("hgd,khd->hgk", cotangent, value, precision="highest")
+    return slope.reshape(-1, len(value))
+
+
 def uniform(layers: Sequence[Layer]) -> jax.Array:
     """Equal weights of all rows but padding's, float32 `[length]`."""
     seen = attended(layers).astype(jnp.float32)
@@ -333,6 +415,16 @@ def uniform(layers: Sequence[Layer]) -> jax.Array:
 
 
 def diagnostics(row: jax.Array, query: int | jax.Array) -> dict[str, jax.Array]:
-    """`mass`, the sum of a row, and `self_share`, the explained position's own."""
-    own = jnp.sum(row * one_hot(query, row.shape[0]))
+    """`mass`, the sum of a row, and `self_share`, the explained position's own.
+
+    Args:
+      row: The scores.
+      query: As `resolve` gives it.
+    """
+    own = jnp.sum(row * row_weights(query, row.shape[0]))
     return {"mass": jnp.sum(row), "self_share": own}
+
+
+def row_weights(query: int | jax.Array, length: int) -> jax.Array:
+    """What is resolved as weights of all rows, float32 `[length]`."""
+    return jnp.asarray(query) if jnp.ndim(query) == 1 else one_hot(query, length)

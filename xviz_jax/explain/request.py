@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 
 from xviz_jax.attribution import Attribution
@@ -109,13 +110,21 @@ def _method(request: Request) -> tuple[Callable, dict[str, Any]]:
                 f"`--option` is NAME=VALUE with one of {names}, got {option!r}"
             )
         try:
-            options[name] = json.loads(value)
+            options[name] = _as_array(json.loads(value))
         except ValueError:
             options[name] = value
     needed = [p.name for p in parameters if p.default is p.empty]
     if missing := [name for name in needed if name not in options]:
         raise ValueError(f"{request.method} needs an `--option` for each of {missing}")
     return method, options
+
+
+def _as_array(value: Any) -> Any:
+    """Weights and baselines are arrays; axes and sizes, a list of integers."""
+    is_list = isinstance(value, list)
+    if is_list and any(isinstance(each, float | list) for each in value):
+        return jnp.asarray(value)
+    return value
 
 
 def _check_picture(out: Path | None) -> None:

@@ -26,7 +26,7 @@ class Subject:
       read: Arguments made from another text or image file.
       baseline: Where a path starts: for a text, its words replaced by padding, because
         a network that normalises has no finite gradient at zero.
-      query: The position that attention methods explain.
+      query: The position that attention methods explain, or `pooled`.
       features: Whether the output is not of classes.
       name: What a class is called.
       find: The class that is called so.
@@ -38,7 +38,7 @@ class Subject:
     view: Encoding | ImageView | None
     read: Callable[[str], tuple[Any, ...]] | None = None
     baseline: jax.Array | None = None
-    query: int = 0
+    query: int | str = 0
     features: bool = False
     name: Callable[[int], str] = str
     find: Callable[[str], int] | None = None
@@ -121,6 +121,8 @@ def of_checkpoint(
     baseline = None
     if words is not None and isinstance(view, Encoding):
         baseline = _padded(words, view)
+    pools = getattr(model.config, "pooling", None) == "mean"
+    query = "pooled" if pools and position is None else position or 0
     name, find = str, None
     labels = model.labels
     if model.gives == "words" and words is not None:
@@ -134,7 +136,7 @@ def of_checkpoint(
         view=view,
         read=read,
         baseline=baseline,
-        query=position or 0,
+        query=query,
         features=model.gives == "features",
         name=name,
         find=find,

@@ -1,9 +1,10 @@
 """Path integrals whose nodes lie where the path needs them.
 
-The path is cut into eight panels. Each has its own trapezoid sum of the attribution
-vector, and a panel that is refined takes the midpoints of all its intervals, which
-halves the weight of the nodes it had: its sum is enough, no node is remembered. The
-panel that promises the most for its cost goes next.
+The path is cut into eight panels, shorter ones near its start: a model that normalises
+or saturates changes most where its input is faint. Each has its own trapezoid sum of
+the attribution vector, and a panel that is refined takes the midpoints of all its
+intervals, which halves the weight of the nodes it had: its sum is enough, no node is
+remembered. The panel that promises the most for its cost goes next.
 
 What is still wrong with a panel is told by the larger of two numbers. One is by how
 much its vector changed when it was last refined, in the L1 norm. The other sees what
@@ -18,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from xviz_jax.gradients.integrand import (
     Integrand,
@@ -30,9 +32,14 @@ from xviz_jax.gradients.integrand import (
     zeros_of,
 )
 
-PANELS = 8
-# Nodes of the first round: the ends and the middle of every panel.
-FIRST = 2 * PANELS + 1
+_ENDS = np.array([0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1], np.float32)
+_WIDTHS = np.diff(_ENDS)
+PANELS = len(_WIDTHS)
+# The first round: the ends and the middle of every panel, and how far each node is
+# from the one before.
+_NODES = np.interp(np.arange(0, PANELS + 0.5, 0.5), np.arange(PANELS + 1), _ENDS)
+_GAPS = np.diff(_NODES, prepend=0)
+FIRST = len(_NODES)
 # What is left of a panel's last change once its midpoints are in: two thirds where
 # activations kink, a third or less on smooth paths.
 _LEFT_OF_CHANGE = 0.8
@@ -221,18 +228,20 @@ class Adaptive:
         order, count = self._order(walk.position, FIRST)
         new = _count(self.chunk) < count
         panels, ends = _count(PANELS), _count(PANELS + 1)
+        # A lookup would ask for one sharding of the batch.
+        node = _equal(_count(FIRST), order)
         middles = _equal(2 * panels + 1, order) & new[None]
         touching = _equal(2 * panels, order) | _equal(2 * panels + 2, order)
         never = jnp.zeros(self.chunk, bool)
         return _Nodes(
-            alphas=order.astype(jnp.float32) / (FIRST - 1),
+            alphas=_along(node, jnp.asarray(_NODES, jnp.float32)),
             count=count,
             last=walk.position + count == FIRST,
-            ends=_weight(touching & new[None], 0.5 / PANELS),
-            middles=_weight(middles, 1 / PANELS),
+            ends=_weight(touching & new[None], _WIDTHS[:, None] / 2),
+            middles=_weight(middles, _WIDTHS[:, None]),
             at_end=_equal(2 * ends, order) & new[None],
             of=_equal(panels, (order - 1) // 2) & new[None],
-            step=_weight(order > 0, 1 / (FIRST - 1)),
+            step=_along(node, jnp.asarray(_GAPS, jnp.float32)),
             opens=never,
             closes=never,
         )
@@ -247,18 +256,18 @@ class Adaptive:
         owner = (order[None] >= begins[:, None]) & (order[None] < ends[:, None])
         pick = lambda each: _along(owner, each)
         index = order - pick(begins)
-        share = pick(_share(walk.level))
-        panel = pick(_count(PANELS)).astype(jnp.float32)
+        step = pick(_WIDTHS * _share(walk.level))
         opens = index == 0
         return _Nodes(
-            alphas=(panel + (index.astype(jnp.float32) + 0.5) * share) / PANELS,
+            alphas=pick(jnp.asarray(_ENDS[:-1]))
+            + (index.astype(jnp.float32) + 0.5) * step,
             count=count,
             last=walk.position + count == ends[-1],
             ends=jnp.zeros((PANELS, self.chunk), jnp.float32),
-            middles=jnp.where(owner & new[None], share[None] / PANELS, 0.0),
+            middles=_weight(owner & new[None], step[None]),
             at_end=jnp.zeros((PANELS + 1, self.chunk), bool),
             of=owner & new[None],
-            step=share / jnp.where(opens, 2 * PANELS, PANELS).astype(jnp.float32),
+            step=jnp.where(opens, step / 2, step),
             opens=opens,
             closes=index == pick(counts) - 1,
         )
@@ -365,8 +374,8 @@ def _share(level: jax.Array) -> jax.Array:
     return jnp.float32(0.5) ** level.astype(jnp.float32)
 
 
-def _weight(chosen: jax.Array, weight: float) -> jax.Array:
-    return jnp.where(chosen, jnp.float32(weight), jnp.float32(0))
+def _weight(chosen: jax.Array, weight: Any) -> jax.Array:
+    return jnp.where(chosen, jnp.broadcast_to(weight, chosen.shape), jnp.float32(0))
 
 
 def _equal(rows: jax.Array, columns: jax.Array) -> jax.Array:

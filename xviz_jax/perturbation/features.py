@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xviz_jax import attribution
-from xviz_jax.attribution import At, Question, Target
+from xviz_jax.attribution import At, Target
 from xviz_jax.tracing import compat
 
 
@@ -71,7 +71,8 @@ def play(
     question = attribution.ask(model, args, argnums, at)
     begin = attribution.start(baseline, question)
     output, scalar = question.fix(target)
-    labels = _labels(question, groups)
+    shaped = question.x if question.tokens is None else question.tokens
+    labels = labelled(shaped, groups)
     count = 1 + max(int(leaf.max()) for leaf in jax.tree.leaves(labels))
     inner = labels
     if question.tokens is not None:
@@ -80,7 +81,7 @@ def play(
 
     def value(present: jax.Array) -> jax.Array:
         def choose(x: jax.Array, other: jax.Array, label: np.ndarray) -> jax.Array:
-            kept = _look_up(present, label)
+            kept = look_up(present, label)
             kept = kept.reshape(kept.shape + (1,) * (x.ndim - kept.ndim))
             return jnp.where(jnp.broadcast_to(kept, x.shape), x, other)
 
@@ -88,7 +89,7 @@ def play(
 
     def scores(values: jax.Array) -> Any:
         values = values.astype(jnp.float32)
-        return jax.tree.map(lambda label: _look_up(values, label), labels)
+        return jax.tree.map(lambda label: look_up(values, label), labels)
 
     return Game(count, output, value, scores)
 
@@ -122,9 +123,19 @@ def patches(shape: Sequence[int], size: int | Sequence[int]) -> np.ndarray:
     return np.broadcast_to(labels, shape).copy()
 
 
-def _labels(question: Question, groups: Any) -> Any:
-    """Feature numbers, a pytree of numpy arrays shaped like the scores."""
-    shaped = question.x if question.tokens is None else question.tokens
+def labelled(shaped: Any, groups: Any) -> Any:
+    """The number of the feature that each element belongs to.
+
+    Args:
+      shaped: The input, or its tokens.
+      groups: As for `play`.
+
+    Returns:
+      int32 numpy arrays, a pytree shaped like the input.
+
+    Raises:
+      ValueError: If the groups do not fit.
+    """
     if callable(groups):
         groups = groups(shaped)
     leaves, tree = jax.tree.flatten(shaped)
@@ -163,7 +174,8 @@ def _labels(question: Question, groups: Any) -> Any:
     return labels
 
 
-def _look_up(values: jax.Array, label: np.ndarray) -> jax.Array:
+def look_up(values: jax.Array, label: np.ndarray) -> jax.Array:
+    """What each element's feature has, of values `[count]` of features."""
     first = int(label.flat[0])
     if np.array_equal(label.ravel(), np.arange(first, first + label.size)):
         return values[first : first + label.size].reshape(label.shape)

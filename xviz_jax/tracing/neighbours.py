@@ -12,21 +12,23 @@ Attention = AttentionValues | FusedValues
 
 def joined(first: Attention, second: Attention) -> bool:
     """Whether one product weighs the values by both, as in differential attention."""
-    return _weighing(first) is _weighing(second)
+    return weighing(first) is weighing(second)
 
 
 def feeds(graph: Graph, first: Attention, second: Attention) -> bool:
     """Whether the second's queries, keys or values depend on the first's output."""
-    return _depends(graph, _operands(second), _weighing(first))
+    return _depends(graph, operands(second), weighing(first))
 
 
-def _weighing(values: Attention) -> Node:
+def weighing(values: Attention) -> Node:
+    """The node that weighs the values."""
     if isinstance(values, FusedValues):
         return values.fused.node
     return values.reading.combine.node
 
 
-def _operands(values: Attention) -> list[Atom]:
+def operands(values: Attention) -> list[Atom]:
+    """What attention is made of: queries and keys, where there are any, and values."""
     if isinstance(values, FusedValues):
         return list(values.fused.operands)
     product = values.reading.product

@@ -62,6 +62,12 @@ class Site:
     why: str = ""
 
 
+def positions(site: Site) -> tuple[int, int]:
+    """How many queries and keys attention has, all chunks of queries together."""
+    query, key = site.shape[-2:]
+    return (query * site.loops[-1] if site.turns[-1:] == ("queries",) else query), key
+
+
 # None (every attention-like site), names or sites, or a predicate.
 Selection = Iterable[str | Site] | Callable[[Site], bool] | None
 

@@ -231,6 +231,27 @@ def read_cotangents(
       As `attention_cotangents`.
     """
     plan = Plan(program.graph)
+    zeros, place = add_zeros(plan, program, values, once)
+
+    def explained(added):
+        outs, found = interpreter.run(plan, program.inputs, added)
+        output = program.rebuild(outs)
+        return scalar(output), (output, found)
+
+    gradients, (output, found) = jax.grad(explained, has_aux=True)(zeros)
+    for name, gradient in gradients.items():
+        found.setdefault(name, {})[f"{place[name]}_cotangent"] = gradient
+    return output, _in_order(program, found)
+
+
+def add_zeros(
+    plan: Plan, program: Program, values: Mapping[str, Sequence[str]], once: bool
+) -> tuple[dict[str, jax.Array], dict[str, str]]:
+    """Plans zeros at sites, to differentiate by, and reads what is named beside them.
+
+    Returns:
+      The zeros by site, and whether they are added to its `output` or `probabilities`.
+    """
     zeros: dict[str, jax.Array] = {}
     place: dict[str, str] = {}
     for located in program.located:
@@ -248,16 +269,7 @@ def read_cotangents(
             names = (*values[name], "probabilities")
             _read(plan, located, names, once, jax.lax.stop_gradient)
         zeros[name] = jnp.zeros(shape, jnp.float32)
-
-    def explained(added):
-        outs, found = interpreter.run(plan, program.inputs, added)
-        output = program.rebuild(outs)
-        return scalar(output), (output, found)
-
-    gradients, (output, found) = jax.grad(explained, has_aux=True)(zeros)
-    for name, gradient in gradients.items():
-        found.setdefault(name, {})[f"{place[name]}_cotangent"] = gradient
-    return output, _in_order(program, found)
+    return zeros, place
 
 
 def _names(program: Program, wanted: Selection) -> list[str]:

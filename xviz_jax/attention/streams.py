@@ -1,0 +1,145 @@
+"""Which sequence each attention site of a model reads, and which it writes."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from xviz_jax.tracing import Site
+from xviz_jax.tracing.program import Program
+from xviz_jax.tracing.sequences import Place, Run, Sequences
+from xviz_jax.tracing.site import positions
+
+_SIDES = ("query", "key")
+_MANY = {"query": "queries", "key": "keys"}
+# Of each attention site, by its name: the sequences of its queries and of its keys.
+Naming = Mapping[str, tuple[str, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Streams:
+    """The sequences that a model's attention runs over.
+
+    Attributes:
+      of: Of each site, by its name: the sequences of its queries and of its keys.
+      lengths: Positions of each sequence, in the order in which they first attend.
+      read: Those that the model's output is read from.
+      runs: Of each site and side, how far back its operand was made.
+    """
+
+    of: dict[str, tuple[str, str]]
+    lengths: dict[str, int]
+    read: tuple[str, ...]
+    runs: dict[tuple[str, str], Run]
+
+
+def crossing(program: Program, sites: Sequence[Site]) -> Site | None:
+    """The first site whose queries and keys surely run over two sequences."""
+    sequences = Sequences(program)
+    for site in sites:
+        query, key = (sequences.run(site.name, side) for side in _SIDES)
+        # Chunks of queries are slices of one sequence.
+        chunked = site.turns[-1:] == ("queries",)
+        if chunked or query.cut or key.cut or not (query.origins and key.origins):
+            continue
+        if not (query.origins <= key.origins or key.origins <= query.origins):
+            return site
+    return None
+
+
+def several(
+    program: Program, sites: Sequence[Site], given: Naming | None
+) -> Streams | None:
+    """The sequences of a model that has more than one; None where there is one.
+
+    Raises:
+      ValueError: As `find`.
+    """
+    lengths = {length for site in sites for length in positions(site)}
+    if given is None and len(lengths) == 1 and crossing(program, sites) is None:
+        return None
+    found = find(program, sites, given)
+    return found if len(found.lengths) > 1 else None
+
+
+def find(program: Program, sites: Sequence[Site], given: Naming | None) -> Streams:
+    """Tells the sequences of a model apart, by tracing or as they are given.
+
+    Args:
+      program: The traced model.
+      sites: Its attention.
+      given: Names of sequences, if they are not to be traced.
+
+    Raises:
+      ValueError: If they cannot be told apart, with the name of the site; if a site
+        has no name among those given.
+    """
+    sequences = Sequences(program)
+    sites = [site for site in sites if not site.joins]
+    runs = {
+        (s.name, side): sequences.run(s.name, side) for s in sites for side in _SIDES
+    }
+    of = _named(sites, runs) if given is None else _given(sites, given)
+    lengths: dict[str, int] = {}
+    for site in sites:
+        for stream, length in zip(of[site.name], positions(site), strict=True):
+            if lengths.setdefault(stream, length) != length:
+                raise ValueError(
+                    f"the sequence {stream!r} has {lengths[stream]} positions, but "
+                    f"{length} in {site.name!r}"
+                )
+    read = {of[name][0] for name in sequences.read() if name in of}
+    return Streams(of, lengths, tuple(s for s in lengths if s in read), runs)
+
+
+def _given(sites: Sequence[Site], given: Naming) -> dict[str, tuple[str, str]]:
+    known = {site.name for site in sites}
+    if set(given) != known:
+        raise ValueError(
+            f"`streams` names two sequences for each of {sorted(known)}, got names "
+            f"for {sorted(given)}"
+        )
+    for name, pair in given.items():
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise ValueError(
+                f"`streams` of {name!r} are those of its queries and of its keys, got "
+                f"{pair!r}"
+            )
+    return {name: (query, key) for name, (query, key) in given.items()}
+
+
+def _named(
+    sites: Sequence[Site], runs: dict[tuple[str, str], Run]
+) -> dict[str, tuple[str, str]]:
+    """Each sequence bears the name of the first site whose queries run over it."""
+    for (name, side), run in runs.items():
+        if not run.origins or run.cut:
+            what = "selected or joined from others" if run.cut else "made of no input"
+            raise ValueError(
+                f"which sequence the {_MANY[side]} of {name!r} belong to cannot be "
+                f"told, for its positions are {what}; name it in `streams`"
+            )
+    whole = [
+        run.origins
+        for run in runs.values()
+        if not any(run.origins < other.origins for other in runs.values())
+    ]
+    found: dict[tuple[str, str], frozenset[Place]] = {}
+    for place, run in runs.items():
+        holding = {origins for origins in whole if run.origins <= origins}
+        (origins, *others) = holding
+        # What belongs to one sequence grows with each layer, and in one way.
+        within = [other.origins for other in runs.values() if other.origins <= origins]
+        branches = any(not (a <= run.origins or run.origins <= a) for a in within)
+        if others or branches:
+            raise ValueError(
+                f"which sequence the {_MANY[place[1]]} of {place[0]!r} belong to "
+                "cannot be told, for several were added; name it in `streams`"
+            )
+        found[place] = origins
+    names: dict[frozenset[Place], str] = {}
+    for side, ending in (("query", ""), ("key", "/key")):
+        for site in sites:
+            names.setdefault(found[site.name, side], site.name + ending)
+    return {
+        site.name: (names[found[site.name, "query"]], names[found[site.name, "key"]])
+        for site in sites
+    }

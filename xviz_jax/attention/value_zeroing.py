@@ -1,0 +1,200 @@
+"""Value zeroing (Mohebbi et al., 2023, arXiv 2301.12971)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from xviz_jax import attribution, chunks
+from xviz_jax.attention import layers, rows
+from xviz_jax.attribution import Attribution, Target
+from xviz_jax.tracing import Site
+from xviz_jax.tracing.blocks import LAST, Blocks, Leaving
+from xviz_jax.tracing.program import trace
+from xviz_jax.tracing.transforms import read
+
+Distance = Literal["cosine", "euclidean"]
+
+
+def value_zeroing(
+    model: Callable,
+    *,
+    query: rows.Query | None = 0,
+    layer: int | None = None,
+    start_layer: int = 0,
+    distance: Distance = "cosine",
+    chunk: int = 16,
+    last: str | None = None,
+) -> Callable[..., Attribution]:
+    """How much each position changes when a layer reads nothing from another.
+
+    In each layer, one position's value vectors are set to zero in all heads while
+    what enters the layer stays as it was; a score is how far what leaves the layer
+    moves at each position, through residual, normalisation and feed-forward alike.
+    Scores of a position are divided by their sum, and the layers are multiplied, with
+    no residual added, because they hold it already. Class-blind. Never negative; sums
+    to one, or to zero where nothing moves. Costs a forward pass for each position and
+    two more, `chunk` at once, and holds every layer's map, in memory that grows with
+    the square of the length: for short sequences. Distances are taken in float32, of
+    layers in the model's own precision.
+
+    Args:
+      model: Maps one example to logits; any JAX function, with its attention and
+        residual streams found by tracing. One sequence, one example.
+      query: The position that is explained: 0 for a class token, -1 for the last
+        token of a decoder. May be traced. Weights of rows, float `[length]`, `mean` or
+        `pooled` as for `attention_rollout`. None for all of them.
+      layer: Scores of this layer alone, in the order they run; -1 is the last. None
+        to multiply all.
+      start_layer: The first layer taken along where they are multiplied.
+      distance: `cosine`, the paper's, 1 less the cosine; or `euclidean`.
+      chunk: How many positions are zeroed at once.
+      last: The name, given by `jax.ad_checkpoint.checkpoint_name`, of what the last
+        layer returns. None to find it by tracing: what a loop over layers ends with,
+        or where layers that are written out stop repeating; a single layer does not.
+
+    Returns:
+      `explain(*args, target=None, key=None) -> Attribution`, with one score for
+      each position, `[length]` or, of all queries, `[length, length]`; and these
+      diagnostics, of each query:
+
+      - `mass`: sum of the scores;
+      - `self_share`: the score of the explained position itself.
+
+    Positions that no head of a layer attends score exactly zero there.
+
+    Raises:
+      ValueError: If the model has no self-attention over one sequence, attention
+        that is not understood, or a layer without a residual stream; if what leaves
+        the last layer is not found, or a layer sees earlier ones around the stream;
+        or an option does not fit.
+
+    Source: section 3 of the paper.
+    """
+    if distance not in get_args(Distance):
+        raise ValueError(
+            f"`distance` is one of {list(get_args(Distance))}, got {distance!r}"
+        )
+    chunks.positive(chunk, "chunk")
+
+    def explain(*args: Any, target: Target = None, key: Any = None) -> Attribution:
+        del key
+        logits, each = _matrices(model, args, distance, chunk, last)
+        depth, length, _ = each.shape
+        number = start_layer if layer is None else layer
+        least = 0 if layer is None else -depth
+        if not least <= number < depth:
+            name = "start_layer" if layer is None else "layer"
+            raise ValueError(
+                f"`{name}` is from {least} to {depth - 1} for {depth} layers, got "
+                f"{number}"
+            )
+        taken = each[number:] if layer is None else each[number][None]
+        own = jnp.eye(length, dtype=jnp.float32)
+        if query is not None:
+            _, found = layers.capture(model, args)
+            own = rows.row_weights(rows.resolve(query, found, model, args), length)
+        scores = own
+        for matrix in taken[::-1]:
+            scores = jnp.matmul(scores, matrix, precision="highest")
+        return Attribution(
+            scores=scores,
+            output=attribution.explained(attribution.hold(target, logits), logits),
+            diagnostics={
+                "mass": jnp.sum(scores, axis=-1),
+                "self_share": jnp.sum(scores * own, axis=-1),
+            },
+        )
+
+    return explain
+
+
+def _matrices(
+    model: Callable, args: Sequence[Any], distance: Distance, chunk: int, last: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The model's output, and normalised scores `[depth, query, key]`."""
+    program = trace(model, tuple(args), {})
+    sites = layers.self_attention(program.sites)
+    for site in sites:
+        if "probabilities" not in site.values:
+            raise ValueError(
+                f"the probabilities of {site.name!r} cannot be read: {site.why}"
+            )
+    blocks = layers.cut(program, sites, last)
+    wanted = {site.name: ("probabilities", "value") for site in sites}
+    wanted |= {entry.site.name: ("activation",) for entry in blocks.entries.values()}
+    logits, found = read(program, wanted)
+    kept = {
+        name: found[entry.site.name]["activation"]
+        for name, entry in blocks.entries.items()
+    }
+    leaving = Leaving(blocks)
+    before = _in_order(blocks, sites, leaving(kept, {}))
+
+    def moved(position: jax.Array) -> jax.Array:
+        """How far all positions move, by layer, without the values of one."""
+        changes = {
+            site.name: _change(site, found[site.name], position, leaving.direct)
+            for site in sites
+        }
+        after = _in_order(blocks, sites, leaving(kept, changes))
+        return _distance(before, after, distance)
+
+    columns = chunks.each(moved, jnp.arange(before.shape[1]), chunk)
+    maps = {
+        site.name: {"probabilities": found[site.name]["probabilities"]}
+        for site in sites
+    }
+    attended = [
+        jnp.any(layer.values["probabilities"] > 0, axis=(-4, -3)).reshape(
+            layer.length, *columns.shape[:1], -1
+        )
+        for layer in layers.in_order(sites, maps)
+    ]
+    scores = jnp.where(jnp.concatenate(attended), jnp.moveaxis(columns, 0, -1), 0)
+    total = jnp.sum(scores, axis=-1, keepdims=True)
+    return logits, scores / jnp.where(total == 0, 1, total)
+
+
+def _change(
+    site: Site, values: dict[str, jax.Array], position: jax.Array, direct: dict
+) -> jax.Array:
+    """What `Leaving` takes to leave out the values of one position."""
+    if not direct[site.name]:
+        stays = jnp.arange(site.shape[-1]) != position
+        return jnp.broadcast_to(stays, (*site.loops, *stays.shape))
+    paid = jnp.take(values["probabilities"], position, axis=-1).astype(jnp.float32)
+    value = jnp.take(values["value"], position, axis=-3).astype(jnp.float32)
+    value = jnp.repeat(value, paid.shape[-2] // value.shape[-2], axis=-2)
+    return -jnp.einsum("...hq,...hd->...qhd", paid, value)
+
+
+def _in_order(
+    blocks: Blocks, sites: Sequence[Site], streams: dict[str, jax.Array]
+) -> jax.Array:
+    """What leaves each layer, float32 `[depth, length, features]`."""
+    entering = {
+        name: {"stream": layers.sequence(entry.site, streams[name])}
+        for name, entry in blocks.entries.items()
+    }
+    length = sites[0].shape[-1]
+    found = [
+        layer.values["stream"].reshape(layer.length, length, -1)
+        for layer in layers.in_order(sites, entering)
+    ]
+    found.append(streams[LAST].reshape(1, length, -1))
+    return jnp.concatenate([each.astype(jnp.float32) for each in found])[1:]
+
+
+def _distance(before: jax.Array, after: jax.Array, distance: Distance) -> jax.Array:
+    if distance == "euclidean":
+        return jnp.linalg.norm(before - after, axis=-1)
+    # Half the squared distance of unit vectors is 1 less their cosine, to more digits.
+    gap = _unit(before) - _unit(after)
+    return jnp.sum(gap * gap, axis=-1) / 2
+
+
+def _unit(vectors: jax.Array) -> jax.Array:
+    size = jnp.linalg.norm(vectors, axis=-1, keepdims=True)
+    return vectors / jnp.where(size == 0, 1, size)
