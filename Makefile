@@ -11,15 +11,19 @@ PYTHON312 ?= $(firstword $(foreach name,python3.12 $(wildcard \
   $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.12*/bin/python3.12),\
   $(shell $(name) -c "import sys" 2>/dev/null && echo $(name))))
 
-.PHONY: demo test lint smoke-newest test-tpu-compile benchmarks bench-gpu clean python
+.PHONY: demo test lint doctests smoke-newest test-tpu-compile benchmarks bench-gpu clean python
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/xviz-jax demo --out demo --overwrite
 
-test: $(VENV)/.installed-test $(VENV)/.installed-real lint
+# Environments are made while the code is read; what is slow to compile goes together.
+test:
+	$(MAKE) -j 3 lint $(VENV)/.installed-real $(NEWEST)/.installed $(TPU)/.installed
 	XVIZ_REQUIRE_REAL=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(MAKE) -j 3 doctests smoke-newest test-tpu-compile
+
+doctests: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --doctest-modules xviz_jax --ignore=xviz_jax/kernels -q
-	$(MAKE) -j 2 smoke-newest test-tpu-compile
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -27,14 +31,19 @@ lint: $(VENV)/.installed-test
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # The contract on the newest JAX, where an interpreter for it exists.
-smoke-newest:
+smoke-newest: $(NEWEST)/.installed
 ifeq ($(PYTHON312),)
 	@echo "No Python 3.12 here: the newest JAX is not tried."
 else
+	$(NEWEST)/bin/python -m pytest -q -n 2 tests/contract -k "float32 or equals"
+endif
+
+# After the other environment, for both build the package in place.
+$(NEWEST)/.installed: pyproject.toml constraints.txt | $(VENV)/.installed-test
+ifneq ($(PYTHON312),)
 	$(PYTHON312) -m venv $(NEWEST)
 	$(NEWEST)/bin/pip install -q --disable-pip-version-check -c constraints.txt -e ".[smoke]"
-	$(NEWEST)/bin/python -m pytest -q -n 2 tests/contract -k \
-	  "float32 or equals"
+	@touch $@
 endif
 
 # Every TPU kernel compiled by libtpu, for TPUs that are not there; nothing is run.

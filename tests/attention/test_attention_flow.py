@@ -71,7 +71,8 @@ def program(widths, query, sink):
 def test_flows_of_scipy(name, monkeypatch):
     if name == "causal, four layers":
         # Maps are made again from queries and keys.
-        monkeypatch.setattr(xv.attention.layers, "_SMALL_MAP", 0)
+        for limit in ("_SMALL_MAP", "_FUSED_MAP"):
+            monkeypatch.setattr(xv.attention.layers, limit, 0)
     network = NETWORKS[name]
     heads = "max" if network.groups == 2 else "mean"
     explain = xv.attention_flow(network, query=network.query, heads=heads, chunk=4)

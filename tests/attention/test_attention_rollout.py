@@ -22,7 +22,8 @@ def model(x):
 def way(request, monkeypatch):
     """Small maps are read as they are; made again from q and k otherwise."""
     if request.param == "tiles":
-        monkeypatch.setattr(layers, "_SMALL_MAP", 0)
+        for limit in ("_SMALL_MAP", "_FUSED_MAP"):
+            monkeypatch.setattr(layers, limit, 0)
 
 
 def maps(x):

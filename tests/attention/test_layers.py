@@ -136,7 +136,8 @@ def expected():
     [("unrolled", "whole"), ("reverse", "whole"), *(("scan", way) for way in WAYS)],
 )
 def test_rows_made_of_queries_and_keys(looped, way, mask, expected, monkeypatch):
-    monkeypatch.setattr(layers, "_SMALL_MAP", 0)
+    for limit in ("_SMALL_MAP", "_FUSED_MAP"):
+        monkeypatch.setattr(layers, limit, 0)
     model = transformer(WAYS[way], MASKS[mask], looped)
     for got, want in zip(explain(model), expected[mask], strict=True):
         np.testing.assert_allclose(got, want, atol=2e-6)
@@ -182,7 +183,8 @@ def test_kept_values_of_a_loop_take_no_room_for_each_chunk():
     def sizes(way):
         monkey = pytest.MonkeyPatch()
         with monkey.context() as patch:
-            patch.setattr(layers, "_SMALL_MAP", 0)
+            for limit in ("_SMALL_MAP", "_FUSED_MAP"):
+                patch.setattr(layers, limit, 0)
             _, found = layers.capture(transformer(way, causal, "scan"), (X,))
         return {name: array.shape for name, array in found[0].values.items()}
 

@@ -247,7 +247,8 @@ ROLLOUTS = {
 )
 def test_rollouts_by_convention(option, name, small, monkeypatch):
     """All rows at once, and the explained one alone."""
-    monkeypatch.setattr(xv.attention.layers, "_SMALL_MAP", small)
+    for limit in ("_SMALL_MAP", "_FUSED_MAP"):
+        monkeypatch.setattr(xv.attention.layers, limit, small)
     network, (options, formula) = NETWORKS[name], ROLLOUTS[option]
     x = jnp.float32(network.input())
     expected = formula(network.truth(0)[0])
@@ -267,7 +268,8 @@ def test_rollouts_by_convention(option, name, small, monkeypatch):
 @pytest.mark.parametrize("small", [0, 8 * 2**20])
 def test_gradient_rollout_discards(small, monkeypatch):
     """Of maps and tile by tile; the cut is above zero, so that it takes something."""
-    monkeypatch.setattr(xv.attention.layers, "_SMALL_MAP", small)
+    for limit in ("_SMALL_MAP", "_FUSED_MAP"):
+        monkeypatch.setattr(xv.attention.layers, limit, small)
     network = NETWORKS["grouped, scanned"]
     maps, slopes, *_ = network.truth(1)
     kept = relu(fused(maps * slopes, discard=0.9))
@@ -332,7 +334,8 @@ def test_tiles_are_the_map(method, monkeypatch):
     """Long maps are made again from queries and keys, and never read whole."""
     make, formula = METHODS[method]
     network = NETWORKS["two layers"]
-    monkeypatch.setattr(xv.attention.layers, "_SMALL_MAP", 0)
+    for limit in ("_SMALL_MAP", "_FUSED_MAP"):
+        monkeypatch.setattr(xv.attention.layers, limit, 0)
     found = make(network, network)(jnp.float32(network.input()), target=2)
     expected = formula(network, *network.truth(2))
     np.testing.assert_allclose(found.scores, expected, rtol=1e-4, atol=1e-6)
@@ -366,7 +369,8 @@ def statistics(network, maps, pad):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_statistics(name, small, monkeypatch):
     """The last two positions are said to be padding; the model does not know."""
-    monkeypatch.setattr(xv.attention.layers, "_SMALL_MAP", small)
+    for limit in ("_SMALL_MAP", "_FUSED_MAP"):
+        monkeypatch.setattr(xv.attention.layers, limit, small)
     network = NETWORKS[name]
     pad = 0 if network.pad else 2
     says = lambda x: jnp.arange(len(x)) >= len(x) - pad

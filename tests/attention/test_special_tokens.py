@@ -103,7 +103,8 @@ ROWS = {
 @pytest.mark.parametrize("name", ROWS)
 def test_weights_of_rows_are_sums_of_rows(name, small, monkeypatch):
     """And `mean` is that of all rows but padding's; of maps, and tile by tile."""
-    monkeypatch.setattr(xv.attention.layers, "_SMALL_MAP", small)
+    for limit in ("_SMALL_MAP", "_FUSED_MAP"):
+        monkeypatch.setattr(xv.attention.layers, limit, small)
     network = NETWORKS["padded"]
     x = jnp.float32(network.input())
     share = jnp.linspace(-1, 1, len(x))

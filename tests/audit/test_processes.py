@@ -155,6 +155,7 @@ def test_deaths_are_counted(number, clean, tmp_path):
     harness.check(tmp_path, clean, IDS)
 
 
+@pytest.mark.soak
 def test_a_reader_that_hangs(clean, tmp_path):
     """35."""
     source = tiny.Records(faults={22: "hang"})

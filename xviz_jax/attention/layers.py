@@ -16,10 +16,14 @@ from xviz_jax.tracing import Site, blocks
 from xviz_jax.tracing.program import Program, trace
 from xviz_jax.tracing.site import positions
 from xviz_jax.tracing.transforms import read, read_cotangents
+from xviz_jax.tracing.values import AttentionValues
 
 # A map of this size is read as the model made it: it fits a cache, and making it
 # again costs more than keeping it.
 _SMALL_MAP = 8 * 2**20
+# So is one that the model makes anyway, once its heads are fused: that of a head, of
+# 2,048 positions.
+_FUSED_MAP = 16 * 2**20
 # What is added to the scores of keys that are not to be seen is at most this.
 _MASKING_BIAS = -9e3
 _TILED = ("query", "key", "bias", "remaining_mask")
@@ -64,6 +68,7 @@ def capture(
     scalar: Callable[[jax.Array], jax.Array] | None = None,
     *,
     streams: bool = False,
+    fuse: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, list[Layer]]:
     """Runs a model and reads its self-attention.
 
@@ -72,6 +77,10 @@ def capture(
       args: Its positional arguments.
       scalar: If given, its gradient at the attention is read as well, in one
         forward and one backward pass.
+      streams: Whether to read the residual streams and their gradients besides.
+      fuse: Makes one head of many, `[..., heads, query, key]`, of maps that the model
+        makes anyway and that are not too long: these are then read as one head's.
+        Without a gradient only.
 
     Returns:
       The model's output, and its layers in the order they run.
@@ -87,7 +96,7 @@ def capture(
             f"{other.name!r} attends from one sequence to another of as many "
             "positions; this method takes self-attention over one sequence"
         )
-    return capture_of(program, sites, scalar, streams=streams)
+    return capture_of(program, sites, scalar, streams=streams, fuse=fuse)
 
 
 def capture_of(
@@ -96,11 +105,17 @@ def capture_of(
     scalar: Callable[[jax.Array], jax.Array] | None = None,
     *,
     streams: bool = False,
+    fuse: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, list[Layer]]:
     """As `capture`, of a traced program and its sites of `self_attention`."""
     if scalar is None:
-        wanted = {site.name: _to_read(site, sites) for site in sites}
-        output, found = read(program, wanted, once=True)
+        made = _made_by_the_model(program) if fuse else frozenset()
+        then = {s.name: fuse for s in sites if fuse and _can_be_fused(s, sites, made)}
+        wanted = {
+            site.name: _DENSE if site.name in then else _to_read(site, sites)
+            for site in sites
+        }
+        output, found = read(program, wanted, once=True, then=then)
     else:
         wanted = {
             site.name: ("value", *(_TILED if _is_tiled(site, sites) else _DENSE))
@@ -292,6 +307,24 @@ def _is_tiled(site: Site, sites: Sequence[Site]) -> bool:
     """Whether queries and keys tell a layer's map."""
     joined = site.joins or any(other.joins == site.name for other in sites)
     return site.scale is not None and not joined
+
+
+def _made_by_the_model(program: Program) -> frozenset[str]:
+    """The sites whose maps the model makes, not a kernel that keeps them to itself."""
+    return frozenset(
+        located.site.name
+        for located in program.located
+        if isinstance(located.values, AttentionValues)
+    )
+
+
+def _can_be_fused(site: Site, sites: Sequence[Site], made: frozenset[str]) -> bool:
+    """Whether a layer's map is whole inside the model, and short enough to keep."""
+    readable = "probabilities" in site.values and site.name in made
+    if not readable or _is_chunked(site):
+        return False
+    alone = not site.joins and all(other.joins != site.name for other in sites)
+    return alone and site.shape[-2] * site.shape[-1] * 4 <= _FUSED_MAP
 
 
 def _to_read(site: Site, sites: Sequence[Site]) -> tuple[str, ...]:

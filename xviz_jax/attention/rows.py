@@ -118,6 +118,11 @@ class Fusion:
     rectify: bool = False
     discard_ratio: float = 0.0
 
+    def of_heads(self, maps: jax.Array) -> jax.Array:
+        """One map of several heads', float32 `[..., 1, query, key]`."""
+        fuse = {"mean": jnp.mean, "max": jnp.max, "min": jnp.min}[self.heads]
+        return fuse(maps.astype(jnp.float32), axis=-3, keepdims=True)
+
     @property
     def keeps_sums(self) -> bool:
         """Whether rows sum to one because those of attention do."""

@@ -89,7 +89,13 @@ def capture(
     return captured
 
 
-def read(program: Program, values: Mapping[str, Sequence[str]], *, once: bool = False):
+def read(
+    program: Program,
+    values: Mapping[str, Sequence[str]],
+    *,
+    once: bool = False,
+    then: Mapping[str, Callable[[jax.Array], jax.Array]] | None = None,
+):
     """Runs a traced program and reads `values` of each site that is named.
 
     Args:
@@ -97,13 +103,17 @@ def read(program: Program, values: Mapping[str, Sequence[str]], *, once: bool = 
       values: Which values of which site.
       once: Where a value is the same at every turn of a loop, give it once: the
         loop's axis then has size 1.
+      then: By site, what to keep of a value, a function of one turn's. What a loop
+        would stack is smaller by that.
 
     Returns:
       As a `capture`d model.
     """
     plan = Plan(program.graph)
     for located in program.located:
-        _read(plan, located, values.get(located.site.name, ()), once)
+        name = located.site.name
+        kept = (then or {}).get(name, _whole)
+        _read(plan, located, values.get(name, ()), once, kept)
     outs, found = interpreter.run(plan, program.inputs, {})
     return program.rebuild(outs), _in_order(program, found)
 
@@ -272,6 +282,10 @@ def add_zeros(
     return zeros, place
 
 
+def _whole(value: jax.Array) -> jax.Array:
+    return value
+
+
 def _names(program: Program, wanted: Selection) -> list[str]:
     return [located.site.name for located in _chosen(program, wanted)]
 
@@ -293,7 +307,7 @@ def _read(
     located: Located,
     names: Sequence[str],
     once: bool = False,
-    then: Callable[[jax.Array], jax.Array] = lambda value: value,
+    then: Callable[[jax.Array], jax.Array] = _whole,
 ) -> None:
     site, body = located.site, located.body
     for name in names:
