@@ -30,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="attention_rollout,integrated_gradients",
         help="comma-separated names",
     )
-    demo.add_argument("--steps", type=int, default=24, help="nodes on a path")
+    demo.add_argument(
+        "--steps", type=int, help="nodes on a path; by default what each image needs"
+    )
     demo.add_argument("--microbatch", type=int, default=4)
     demo.add_argument("--seed", type=int, default=0, help="picks the gallery's images")
     demo.add_argument(
