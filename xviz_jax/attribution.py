@@ -337,12 +337,8 @@ def _ask_of_site(
     model: Callable, args: Sequence[Any], question: Question, at: At
 ) -> Question:
     """The same question of what a site holds, in place of the argument."""
-    wanted = (at,) if isinstance(at, str | Site) else tuple(at or ())
-    sites = select(tracing.sites(model, *args), wanted)
-    if not sites:
-        raise ValueError(f"`at` names at least one site, got {at!r}")
+    sites = sites_at(model, args, at)
     values = {site.name: _value(site) for site in sites}
-
     one = isinstance(at, str | Site)
 
     def read(function: Callable, args: Sequence[Any]) -> Any:

@@ -44,7 +44,8 @@ def value_zeroing(
         residual streams found by tracing. One sequence, one example.
       query: The position that is explained: 0 for a class token, -1 for the last
         token of a decoder. May be traced. Weights of rows, float `[length]`, `mean` or
-        `pooled` as for `attention_rollout`. None for all of them.
+        `pooled` as for `attention_rollout`, for another forward pass. None for all
+        of them.
       layer: Scores of this layer alone, in the order they run; -1 is the last. None
         to multiply all.
       start_layer: The first layer taken along where they are multiplied.
@@ -92,9 +93,12 @@ def value_zeroing(
             )
         taken = each[number:] if layer is None else each[number][None]
         own = jnp.eye(length, dtype=jnp.float32)
-        if query is not None:
+        if isinstance(query, str):
             _, found = layers.capture(model, args)
             own = rows.row_weights(rows.resolve(query, found, model, args), length)
+        elif query is not None:
+            row = rows.weights_of_rows if jnp.ndim(query) == 1 else rows.one_hot
+            own = row(query, length)
         scores = own
         for matrix in taken[::-1]:
             scores = jnp.matmul(scores, matrix, precision="highest")
