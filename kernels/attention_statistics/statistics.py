@@ -5,6 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+# So many of the largest are looked for one after another, and not sorted.
+_FEW = 4
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -53,22 +56,53 @@ def summarise(
       marked: bool, broadcastable to p, or None for no marked key.
       top_k: how many keys to list.
     """
-    keys = jax.lax.broadcasted_iota(
-        jnp.int32, (1,) * (p.ndim - 1) + p.shape[-1:], p.ndim - 1
-    )
-    distance = jnp.abs(positions - keys)
+    shape = (1,) * (p.ndim - 1) + p.shape[-1:]
+    keys = jax.lax.broadcasted_iota(p.dtype, shape, p.ndim - 1)
+    distance = jnp.abs(positions.astype(p.dtype) - keys)
     zero = jnp.zeros((), p.dtype)
-    top_weights, top_keys = jax.lax.top_k(p, top_k)
     entropy = -jnp.where(p == zero, zero, p * log_p).sum(-1)
+    # XLA's maximum overlooks NaN on a CPU.
+    number = lambda found: jnp.where(
+        jnp.isnan(entropy).reshape(*entropy.shape, *(1,) * (found.ndim - p.ndim + 1)),
+        jnp.nan,
+        found,
+    )
+    top_weights, top_keys = largest(p, top_k)
+    top_weights = number(top_weights)
     marked_mass = zero if marked is None else jnp.where(marked, p, zero).sum(-1)
     return AttentionStatistics(
         entropy=entropy,
-        distance=(p * distance.astype(p.dtype)).sum(-1),
+        distance=(p * distance).sum(-1),
         self_mass=jnp.where(distance == 0, p, zero).sum(-1),
         first_mass=p[..., 0],
         marked_mass=jnp.broadcast_to(marked_mass, p.shape[:-1]),
-        # XLA's maximum overlooks NaN on a CPU.
-        maximum=jnp.where(jnp.isnan(entropy), entropy, p.max(-1)),
-        top_keys=jnp.where(top_weights > 0.0, top_keys.astype(jnp.int32), -1),
+        maximum=number(p.max(-1)),
+        top_keys=jnp.where(top_weights > 0.0, top_keys, -1),
         top_weights=top_weights,
     )
+
+
+def largest(p: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The largest of non-negative numbers along the last axis, and where they are.
+
+    As `jax.lax.top_k`, which for a few takes longer on a CPU.
+
+    Args:
+      p: `[..., n]`.
+      count: how many, at most n.
+
+    Returns:
+      Numbers and int32 indices `[..., count]`, in falling order; the lower index
+      first among equals.
+    """
+    if not 0 < count <= _FEW:
+        return jax.lax.top_k(p, count)
+    shape = (1,) * (p.ndim - 1) + p.shape[-1:]
+    index = jax.lax.broadcasted_iota(jnp.int32, shape, p.ndim - 1)
+    tops, found = [], []
+    for _ in range(count):
+        tops.append(p.max(-1, keepdims=True))
+        here = jnp.where(p == tops[-1], index, p.shape[-1])
+        found.append(here.min(-1, keepdims=True))
+        p = jnp.where(index == found[-1], -1, p)
+    return jnp.concatenate(tops, -1), jnp.concatenate(found, -1)

@@ -102,12 +102,14 @@ def attention_relevance(
                 "a model of one"
             )
         sites = layers.self_attention(program.sites)
-        logits, read = layers.capture_of(program, sites, scalar)
+        fusion = rows.Fusion(heads, "relu_gradient_x_attention")
+        keep = fusion.inside(query)
+        logits, read = layers.capture_of(program, sites, scalar, keep=keep)
         start = rows.resolve(query, read, model, args)
         row = rows.propagate(
             layers.since(read, start_layer),
             start,
-            rows.Fusion(heads, "relu_gradient_x_attention"),
+            fusion,
             residual="add",
             normalize=heads != "mean",
         )

@@ -101,9 +101,7 @@ def attention_rollout(
 
     def explain(*args: Any, target: Target = None, key: Any = None) -> Attribution:
         del key
-        # Weights are of the heads that there are.
-        fuse = fusion.of_heads if fusion.head_weights is None else None
-        logits, found = layers.capture(model, args, fuse=fuse)
+        logits, found = layers.capture(model, args, keep=fusion.inside(query))
         _check_weights(fusion, found)
         start = None if query is None else rows.resolve(query, found, model, args)
         found = layers.since(found, start_layer)

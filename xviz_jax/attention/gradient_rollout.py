@@ -79,7 +79,8 @@ def gradient_rollout(
         def scalar(logits: jax.Array) -> jax.Array:
             return attribution.explained(attribution.hold(target, logits), logits)
 
-        logits, found = layers.capture(model, args, scalar)
+        keep = fusion.inside(query)
+        logits, found = layers.capture(model, args, scalar, keep=keep)
         start = rows.resolve(query, found, model, args)
         row = rows.propagate(
             layers.since(found, start_layer),

@@ -5,7 +5,8 @@ unless the map is small, or is more than a softmax of their product.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,13 +22,14 @@ from xviz_jax.tracing.values import AttentionValues
 # A map of this size is read as the model made it: it fits a cache, and making it
 # again costs more than keeping it.
 _SMALL_MAP = 8 * 2**20
-# So is one that the model makes anyway, once its heads are fused: that of a head, of
-# 2,048 positions.
+# One that the model makes anyway is read there, of a head of 2,048 positions at most.
 _FUSED_MAP = 16 * 2**20
 # What is added to the scores of keys that are not to be seen is at most this.
 _MASKING_BIAS = -9e3
 _TILED = ("query", "key", "bias", "remaining_mask")
 _DENSE = ("probabilities",)
+_INSIDE = ("probabilities", "bias", "remaining_mask")
+KeepOf = Callable[[Site, dict[str, jax.Array]], dict[str, jax.Array]]
 _ALONG_QUERIES = {"query": -3, "output": -3, "output_cotangent": -3}
 
 
@@ -68,7 +70,7 @@ def capture(
     scalar: Callable[[jax.Array], jax.Array] | None = None,
     *,
     streams: bool = False,
-    fuse: Callable[[jax.Array], jax.Array] | None = None,
+    keep: KeepOf | None = None,
 ) -> tuple[jax.Array, list[Layer]]:
     """Runs a model and reads its self-attention.
 
@@ -78,9 +80,11 @@ def capture(
       scalar: If given, its gradient at the attention is read as well, in one
         forward and one backward pass.
       streams: Whether to read the residual streams and their gradients besides.
-      fuse: Makes one head of many, `[..., heads, query, key]`, of maps that the model
-        makes anyway and that are not too long: these are then read as one head's.
-        Without a gradient only.
+      keep: What to make of the values of a layer inside the model, and to read instead
+        of them, where its map is small, or made anyway and not too long: of its
+        `probabilities`, `bias` and `remaining_mask`, or with `scalar` of its
+        `probabilities` and `probabilities_cotangent`. Takes the site and the values of
+        one layer.
 
     Returns:
       The model's output, and its layers in the order they run.
@@ -89,14 +93,8 @@ def capture(
       ValueError: As `self_attention`.
     """
     program = trace(model, tuple(args), {})
-    sites = self_attention(program.sites)
-    other = crossing(program, sites)
-    if other is not None:
-        raise ValueError(
-            f"{other.name!r} attends from one sequence to another of as many "
-            "positions; this method takes self-attention over one sequence"
-        )
-    return capture_of(program, sites, scalar, streams=streams, fuse=fuse)
+    sites = of_one_sequence(program)
+    return capture_of(program, sites, scalar, streams=streams, keep=keep)
 
 
 def capture_of(
@@ -105,17 +103,25 @@ def capture_of(
     scalar: Callable[[jax.Array], jax.Array] | None = None,
     *,
     streams: bool = False,
-    fuse: Callable[[jax.Array], jax.Array] | None = None,
+    keep: KeepOf | None = None,
 ) -> tuple[jax.Array, list[Layer]]:
     """As `capture`, of a traced program and its sites of `self_attention`."""
+    inside = {}
+    if keep is not None:
+        made = _made_by_the_model(program, exact=scalar is not None)
+        if scalar is None:
+            made |= {s.name for s in sites if _to_read(s, sites) is _DENSE}
+        inside = {
+            site.name: functools.partial(keep, site)
+            for site in sites
+            if _can_be_kept(site, sites, made)
+        }
     if scalar is None:
-        made = _made_by_the_model(program) if fuse else frozenset()
-        then = {s.name: fuse for s in sites if fuse and _can_be_fused(s, sites, made)}
         wanted = {
-            site.name: _DENSE if site.name in then else _to_read(site, sites)
+            site.name: _INSIDE if site.name in inside else _to_read(site, sites)
             for site in sites
         }
-        output, found = read(program, wanted, once=True, then=then)
+        output, found = read(program, wanted, once=True, keep=inside)
     else:
         wanted = {
             site.name: ("value", *(_TILED if _is_tiled(site, sites) else _DENSE))
@@ -123,7 +129,7 @@ def capture_of(
         }
         entries = _streams(program.sites, sites) if streams else {}
         wanted |= {site.name: ("activation",) for site in entries.values()}
-        output, found = read_cotangents(program, scalar, wanted, once=True)
+        output, found = read_cotangents(program, scalar, wanted, once=True, keep=inside)
         for name, site in entries.items():
             own = found.pop(site.name)
             for kind in ("activation", "output_cotangent"):
@@ -230,6 +236,22 @@ def capture_maps(
     return output, in_order(sites, found)
 
 
+def of_one_sequence(program: Program) -> tuple[Site, ...]:
+    """As `self_attention`, of a program that has no other sequence either.
+
+    Raises:
+      ValueError: As there; and if a site attends from one sequence to another.
+    """
+    sites = self_attention(program.sites)
+    other = crossing(program, sites)
+    if other is not None:
+        raise ValueError(
+            f"{other.name!r} attends from one sequence to another of as many "
+            "positions; this method takes self-attention over one sequence"
+        )
+    return sites
+
+
 def self_attention(sites: Sequence[Site]) -> tuple[Site, ...]:
     """The sites that an attention method for one sequence can use.
 
@@ -309,16 +331,23 @@ def _is_tiled(site: Site, sites: Sequence[Site]) -> bool:
     return site.scale is not None and not joined
 
 
-def _made_by_the_model(program: Program) -> frozenset[str]:
-    """The sites whose maps the model makes, not a kernel that keeps them to itself."""
+def _made_by_the_model(program: Program, *, exact: bool) -> frozenset[str]:
+    """The sites whose maps the model makes, not a kernel that keeps them to itself.
+
+    Args:
+      program: A traced model.
+      exact: Whether only in float32: gradients of 16 bits are worse than those made
+        of the gradient at the output.
+    """
     return frozenset(
         located.site.name
         for located in program.located
         if isinstance(located.values, AttentionValues)
+        and (not exact or located.values.dtype == jnp.float32)
     )
 
 
-def _can_be_fused(site: Site, sites: Sequence[Site], made: frozenset[str]) -> bool:
+def _can_be_kept(site: Site, sites: Sequence[Site], made: frozenset[str]) -> bool:
     """Whether a layer's map is whole inside the model, and short enough to keep."""
     readable = "probabilities" in site.values and site.name in made
     if not readable or _is_chunked(site):
@@ -459,14 +488,21 @@ def attended(layers: Sequence[Layer]) -> jax.Array:
     Padding is what no query may.
     """
     layer = pick(layers, 0)
-    if "probabilities" in layer.values:
-        return jnp.any(layer.values["probabilities"] > 0, axis=(0, 1, 2))
-    seen = jnp.ones(layer.site.shape[-1], bool)
-    if "remaining_mask" in layer.values:
-        mask = layer.values["remaining_mask"]
+    return attended_in(layer.site, layer.values)
+
+
+def attended_in(site: Site, values: Mapping[str, jax.Array]) -> jax.Array:
+    """As `attended`, of the values of one layer: what masks it, or its map."""
+    masking = [name for name in ("bias", "remaining_mask") if name in site.values]
+    told = site.scale is not None and all(name in values for name in masking)
+    if "probabilities" in values and not told:
+        return jnp.any(values["probabilities"] > 0, axis=(0, 1, 2))
+    seen = jnp.ones(site.shape[-1], bool)
+    if "remaining_mask" in values:
+        mask = values["remaining_mask"]
         seen &= jnp.any(mask, axis=tuple(range(mask.ndim - 1)))
-    if "bias" in layer.values:
-        bias = layer.values["bias"]
+    if "bias" in values:
+        bias = values["bias"]
         seen &= jnp.any(bias > _MASKING_BIAS, axis=tuple(range(bias.ndim - 1)))
     return seen
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from xviz_jax.attention.layers import Layer, attended
+from xviz_jax.attention.layers import KeepOf, Layer, attended
 from xviz_jax.kernels.attention_fused_matrix import attention_fused_matrix
 from xviz_jax.kernels.attention_fused_quantile import attention_fused_quantile
 from xviz_jax.kernels.attention_map import HeadFusion, Relevance
@@ -118,10 +118,45 @@ class Fusion:
     rectify: bool = False
     discard_ratio: float = 0.0
 
-    def of_heads(self, maps: jax.Array) -> jax.Array:
-        """One map of several heads', float32 `[..., 1, query, key]`."""
-        fuse = {"mean": jnp.mean, "max": jnp.max, "min": jnp.min}[self.heads]
-        return fuse(maps.astype(jnp.float32), axis=-3, keepdims=True)
+    def of_heads(
+        self, maps: jax.Array, gradients: jax.Array | None = None
+    ) -> jax.Array:
+        """One map of several heads', float32 `[..., 1, query, key]`.
+
+        Args:
+          maps: `[..., heads, query, key]`.
+          gradients: At the maps, where `relevance` needs them.
+        """
+        weights = maps.astype(jnp.float32)
+        if self.relevance != "attention":
+            if gradients is None:
+                raise ValueError(f"`relevance` of {self.relevance!r} needs gradients")
+            # A key that is not attended contributes nothing, whatever it holds.
+            weights = jnp.where(weights == 0, 0, weights * gradients)
+        if self.relevance == "relu_gradient_x_attention":
+            weights = jax.nn.relu(weights)
+        if self.head_weights is not None:
+            weights = weights * self.head_weights[:, None, None]
+        fuse: dict[str, Callable] = {"mean": jnp.mean, "max": jnp.max, "min": jnp.min}
+        return fuse.get(self.heads, jnp.sum)(weights, axis=-3, keepdims=True)
+
+    def inside(self, query: Query | None) -> KeepOf | None:
+        """Fuses a layer's heads inside the model, as `keep` of `layers.capture`.
+
+        None where heads are weighed, which are to be counted first; and for the mean
+        of gradients, for which rows are padding's is told by the maps.
+        """
+        if self.head_weights is not None:
+            return None
+        if self.relevance == "attention":
+            plain = lambda values: self.of_heads(values["probabilities"])
+            return lambda _, values: {"probabilities": plain(values)}
+        if isinstance(query, str) and query == "mean":
+            return None
+        weighed = lambda values: self.of_heads(
+            values["probabilities"], values["probabilities_cotangent"]
+        )
+        return lambda _, values: {"relevance": weighed(values)}
 
     @property
     def keeps_sums(self) -> bool:
@@ -157,7 +192,7 @@ def propagate(
     normalize = normalize and not fusion.keeps_sums
     row = start if weighed else None
     for layer in reversed(layers):
-        if "probabilities" in layer.values:
+        if _is_at_hand(layer):
             begin = start if row is None else row
             row = _dense(layer, begin, residual, normalize, fusion)
             continue
@@ -278,6 +313,11 @@ def _mixed(
     return step
 
 
+def _is_at_hand(layer: Layer) -> bool:
+    """Whether a layer's map was read, and is not to be made of queries and keys."""
+    return "probabilities" in layer.values or "relevance" in layer.values
+
+
 def split(layer: Layer) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """What each of several layers has of its own, and what all have alike."""
     own = {n: a for n, a in layer.values.items() if len(a) == layer.count}
@@ -301,7 +341,7 @@ def _shares(residual: Literal["add"] | float) -> tuple[float, float]:
 
 def matrix(layer: Layer, fusion: Fusion) -> jax.Array:
     """The fused map of one layer, float32 `[query, key]`."""
-    if "probabilities" in layer.values:
+    if _is_at_hand(layer):
         return _fused(layer.values, fusion)
     options = {SINGLE[n]: stack[0] for n, stack in stacks_of(layer, fusion).items()}
     options |= scoring(layer)
@@ -377,15 +417,11 @@ def _dense(
 
 def _fused(values: dict[str, jax.Array], fusion: Fusion) -> jax.Array:
     """The map of one layer with its heads fused, float32 `[length, length]`."""
-    weights = values["probabilities"][0].astype(jnp.float32)
-    if fusion.relevance != "attention":
-        weights = weights * gradient(values)
-    if fusion.relevance == "relu_gradient_x_attention":
-        weights = jax.nn.relu(weights)
-    if fusion.head_weights is not None:
-        weights = weights * fusion.head_weights[:, None, None]
-    fuse: dict[str, Callable] = {"mean": jnp.mean, "max": jnp.max, "min": jnp.min}
-    fused = fuse.get(fusion.heads, jnp.sum)(weights, axis=0)
+    if "relevance" in values:
+        fused = values["relevance"][0, 0]
+    else:
+        slopes = None if fusion.relevance == "attention" else gradient(values)
+        fused = fusion.of_heads(values["probabilities"][0], slopes)[0]
     if fusion.discard_ratio:
         lowest = int(fusion.discard_ratio * fused.size)
         fused = jnp.where(fused < jnp.sort(fused, axis=None)[lowest], 0, fused)

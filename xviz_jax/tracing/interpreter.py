@@ -44,7 +44,7 @@ class Plan:
         self.rewrites: dict[int, list[tuple[str, Rewrite]]] = {}
         self.operands: dict[tuple[Node, int], list[tuple[str, Rewrite]]] = {}
         self.replaced: dict[Node, tuple[str, Callable]] = {}
-        self.captures: dict[Body, list[tuple[str, str, Callable[[Get], Any]]]] = {}
+        self.captures: dict[Body, list[tuple[str, Callable[[Get], dict]]]] = {}
         # What a loop gives once, because it is the same at every turn.
         self.once: dict[Body, set[tuple[str, str]]] = {}
         self._within: dict[Body, set[str]] = {}
@@ -60,10 +60,14 @@ class Plan:
 
     def read(self, body: Body, name: str, key: str, atoms, function) -> None:
         """Captures `function(get)`, which looks up `atoms`, at the end of `body`."""
+        self.keep(body, name, atoms, lambda get: {key: function(get)})
+
+    def keep(self, body: Body, name: str, atoms, function) -> None:
+        """Captures the values by key that `function(get)` makes, as `read` does one."""
         self.reach(body, name)
         for atom in atoms:
             self.want(atom)
-        self.captures.setdefault(body, []).append((name, key, function))
+        self.captures.setdefault(body, []).append((name, function))
 
     def want(self, atom: Atom) -> None:
         """Makes a value available to captures and rewrites."""
@@ -137,8 +141,8 @@ def _body(plan: Plan, body: Body, values, given: dict[str, Any]):
         execution.define(atom, value)
     execution.nodes(body.nodes)
     captures = execution.captures
-    for name, key, function in plan.captures.get(body, ()):
-        captures.setdefault(name, {})[key] = function(execution.get)
+    for name, function in plan.captures.get(body, ()):
+        captures.setdefault(name, {}).update(function(execution.get))
     return [execution.get(atom) for atom in body.outs], captures
 
 

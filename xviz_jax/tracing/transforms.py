@@ -17,6 +17,8 @@ from xviz_jax.tracing.interpreter import Plan
 from xviz_jax.tracing.program import Located, Program, trace
 from xviz_jax.tracing.site import Selection, Site, select
 
+# What to keep of a site's values, of one turn of a loop; by name.
+Keep = Callable[[dict[str, jax.Array]], dict[str, jax.Array]]
 VALUES = (
     "query",
     "key",
@@ -94,7 +96,7 @@ def read(
     values: Mapping[str, Sequence[str]],
     *,
     once: bool = False,
-    then: Mapping[str, Callable[[jax.Array], jax.Array]] | None = None,
+    keep: Mapping[str, Keep] | None = None,
 ):
     """Runs a traced program and reads `values` of each site that is named.
 
@@ -103,8 +105,8 @@ def read(
       values: Which values of which site.
       once: Where a value is the same at every turn of a loop, give it once: the
         loop's axis then has size 1.
-      then: By site, what to keep of a value, a function of one turn's. What a loop
-        would stack is smaller by that.
+      keep: By site, what to make of its values, and to read instead of them. What a
+        loop stacks is as small as that.
 
     Returns:
       As a `capture`d model.
@@ -112,8 +114,10 @@ def read(
     plan = Plan(program.graph)
     for located in program.located:
         name = located.site.name
-        kept = (then or {}).get(name, _whole)
-        _read(plan, located, values.get(name, ()), once, kept)
+        if keep and name in keep:
+            _read_together(plan, located, values[name], keep[name])
+        else:
+            _read(plan, located, values.get(name, ()), once)
     outs, found = interpreter.run(plan, program.inputs, {})
     return program.rebuild(outs), _in_order(program, found)
 
@@ -228,6 +232,7 @@ def read_cotangents(
     values: Mapping[str, Sequence[str]],
     *,
     once: bool = False,
+    keep: Mapping[str, Keep] | None = None,
 ):
     """Runs a traced program forward and backward, and reads what is named.
 
@@ -236,22 +241,71 @@ def read_cotangents(
       scalar: As for `attention_cotangents`.
       values: Which values of which site.
       once: As for `read`.
+      keep: By site, what to make of its `probabilities` and `probabilities_cotangent`,
+        float32, and to read instead of its values. It is made on the way backward,
+        where both are at hand.
 
     Returns:
       As `attention_cotangents`.
     """
     plan = Plan(program.graph)
-    zeros, place = add_zeros(plan, program, values, once)
+    keep = keep or {}
+    apart = {name: each for name, each in values.items() if name not in keep}
+    zeros, place = add_zeros(plan, program, apart, once)
+    kept = {
+        located.site.name: _tap(plan, located, keep[located.site.name])
+        for located in program.located
+        if located.site.name in keep
+    }
 
     def explained(added):
         outs, found = interpreter.run(plan, program.inputs, added)
         output = program.rebuild(outs)
         return scalar(output), (output, found)
 
-    gradients, (output, found) = jax.grad(explained, has_aux=True)(zeros)
-    for name, gradient in gradients.items():
-        found.setdefault(name, {})[f"{place[name]}_cotangent"] = gradient
+    gradient = jax.grad(explained, has_aux=True)
+    gradients, (output, found) = gradient({**zeros, **kept})
+    for name, each in gradients.items():
+        own = each if name in kept else {f"{place[name]}_cotangent": each}
+        found.setdefault(name, {}).update(own)
     return output, _in_order(program, found)
+
+
+def _tap(plan: Plan, located: Located, keep: Keep) -> dict[str, jax.Array]:
+    """Plans what is made of probabilities and their gradient.
+
+    Returns:
+      Zeros, whose "gradient" it is.
+    """
+    site = located.site
+
+    @jax.custom_vjp
+    def same(value: jax.Array, sink: dict[str, jax.Array]) -> jax.Array:
+        del sink
+        return value
+
+    def forward(value: jax.Array, sink: Any) -> tuple[jax.Array, jax.Array]:
+        del sink
+        return value, value
+
+    def made(value: jax.Array, cotangent: jax.Array) -> dict[str, jax.Array]:
+        return keep({"probabilities": value, "probabilities_cotangent": cotangent})
+
+    def backward(value: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, Any]:
+        return cotangent, made(value, cotangent)
+
+    same.defvjp(forward, backward)
+    plan.reach(located.body, site.name)
+    located.values.rewrite(
+        plan,
+        site.name,
+        lambda value, sink: value if sink is None else same(value, sink),
+    )
+    one = jax.ShapeDtypeStruct(site.shape[len(site.loops) :], jnp.float32)
+    return {
+        name: jnp.zeros((*site.loops, *each.shape), each.dtype)
+        for name, each in jax.eval_shape(made, one, one).items()
+    }
 
 
 def add_zeros(
@@ -318,6 +372,16 @@ def _read(
             if once:
                 for each in loops.constant_in(plan.graph, body, atoms):
                     plan.once.setdefault(each, set()).add((site.name, name))
+
+
+def _read_together(
+    plan: Plan, located: Located, names: Sequence[str], keep: Keep
+) -> None:
+    site, readers = located.site, located.values.readers()
+    found = {name: readers[name]() for name in names if name in site.values}
+    atoms = [atom for each, _ in found.values() for atom in each]
+    values = lambda get: {name: read(get) for name, (_, read) in found.items()}
+    plan.keep(located.body, site.name, atoms, lambda get: keep(values(get)))
 
 
 def _replaced(rule: Callable, site: Site, value: jax.Array, _: Any) -> jax.Array:

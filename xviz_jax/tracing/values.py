@@ -111,6 +111,13 @@ class AttentionValues:
             readers["remaining_mask"] = lambda: self.mask(self.rest)
         return readers
 
+    @property
+    def dtype(self) -> Any:
+        """Of the probabilities."""
+        reading = self.reading
+        atom = reading.softmax.exponential if reading.deferred else reading.probability
+        return self.graph.aval(atom).dtype
+
     def rewrite(self, plan: Plan, name: str, change: Change) -> None:
         """As `Values`."""
         reading = self.reading
