@@ -145,8 +145,10 @@ def _of_map(
 
     def join(y: jax.Array) -> jax.Array:
         y = jnp.moveaxis(y, 0, 1)
-        before = y[:, :-1].reshape(heads, -1, *y.shape[3:])
-        return jnp.concatenate([before, y[:, -1, twice:]], axis=1)
+        y = y.reshape(heads, strips * size, *y.shape[3:])
+        cut = lambda begin, end: jax.lax.slice_in_dim(y, begin, end, axis=1)
+        last = (strips - 1) * size
+        return jnp.concatenate([cut(0, last), cut(last + twice, strips * size)], axis=1)
 
     *each, received = jax.lax.map(of_strip, jnp.arange(strips, dtype=jnp.int32))
     entropy, distance, first_mass, marked_mass, top_keys, top_weights = map(join, each)
