@@ -67,6 +67,7 @@ benchmarks: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/attention_rows.py
 	$(BIN)/python benchmarks/loading.py
 	$(BIN)/python benchmarks/audit.py
+	$(BIN)/python benchmarks/killed_audit.py
 	$(BIN)/python benchmarks/comparison.py
 
 python:

@@ -18,6 +18,7 @@ NAMES = [
     "audit",
     "comparison",
     "gpu",
+    "killed_audit",
     "tune_kernels",
 ]
 
