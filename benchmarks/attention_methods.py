@@ -58,6 +58,11 @@ class Size:
         return self.length if self.kind == "text" else self.length**2 + 1
 
     @property
+    def large(self) -> bool:
+        """Whether a round takes a minute: then two are run, and memory is not read."""
+        return self.tokens * self.batch > 16_000
+
+    @property
     def name(self) -> str:
         like = "MiniLM-like" if self.kind == "text" else "ViT-S/16-like"
         return f"{like}, {self.tokens} tokens, batch {self.batch}"
@@ -90,7 +95,6 @@ def main() -> None:
     peer = importlib.util.find_spec("transformers") is not None and not options.small
     if not peer and not options.small:
         raise SystemExit("transformers and torch make the models: install both")
-    names = ["forward", "rollout", "statistics", "forward + backward", "relevance"]
     title = "Attention methods over their floors, beside eager PyTorch"
     packages = ("jax", "jaxlib", *(("torch", "transformers") if peer else ()))
     versions = ", ".join(f"{n} {importlib.metadata.version(n)}" for n in packages)
@@ -114,17 +118,17 @@ def main() -> None:
             base = {
                 **dataclasses.asdict(size),
                 "folder": str(folder(size, Path(scratch), options.small)),
-                "rounds": 2 if options.small else options.rounds,
+                "rounds": 2 if options.small or size.large else options.rounds,
                 "clock": options.clock,
                 "peer": peer and fits(size),
             }
             times = worker("times", base)
-            used = dict.fromkeys(names, 0)
-            for n in ("rollout",) if options.small else ("rollout", "relevance"):
-                used[n] = worker("memory", {**base, "method": n})
+            measured = ["rollout"] if options.small else ["rollout", "relevance"]
             if base["peer"]:
-                for n in ("torch rollout", "torch relevance"):
-                    used[n] = worker("memory", {**base, "method": n})
+                measured += [f"torch {n}" for n in measured]
+            if size.large:
+                measured = []
+            used = {n: worker("memory", {**base, "method": n}) for n in measured}
         for n, floor in (
             ("rollout", "forward"),
             ("statistics", "forward"),
@@ -145,12 +149,15 @@ def row(model: str, name: str, floor: str, times: dict, used: dict) -> str:
     cells = [f"{1e3 * statistics.median(mine):.1f}"]
     cells += [f"{statistics.median(ratios):.3f}", spread]
     peer = f"torch {name}"
+    size = lambda n: f"{used[n] / 1e6:.0f}" if n in used else "-"
+    ratio, error = "-", "-"
     if peer in times:
         theirs = [a / b for a, b in zip(times[peer], mine, strict=True)]
-        cells += [f"{statistics.median(theirs):.2f}", f"{used[name] / 1e6:.0f}"]
-        cells += [f"{used[peer] / 1e6:.0f}", f"{times[f'{name} error']:.0e}"]
-    else:
-        cells += ["-", f"{used[name] / 1e6:.0f}" if used[name] else "-", "-", "-"]
+        ratio, error = (
+            f"{statistics.median(theirs):.2f}",
+            f"{times[f'{name} error']:.0e}",
+        )
+    cells += [ratio, size(name), size(peer), error]
     return f"| {model} | {name} | " + " | ".join(cells) + " |"
 
 
