@@ -222,3 +222,26 @@ def test_branches_side_by_side_are_refused():
 
     with pytest.raises(ValueError, match="runs beside 'attention' and not after it"):
         xv.attention_rollout(branches)(X)
+
+
+@pytest.mark.parametrize("limit", [0, 2**24])
+def test_relevance_has_a_derivative(limit, monkeypatch):
+    """Of what is read as of what comes back: made in the model, or tile by tile."""
+    monkeypatch.setattr(xv.attention.layers, "_FUSED_MAP", limit)
+    draw = np.random.default_rng(0).normal
+    weights = jnp.float32(draw(size=(2, 4, 8, 8)) / 3)
+
+    def block(x, w):
+        query, key, value = ((x @ each).reshape(len(x), 2, 4) for each in w[:3])
+        maps = jax.nn.softmax(jnp.einsum("qhd,khd->hqk", query, key))
+        mixed = jnp.einsum("hqk,khd->qhd", maps, value)
+        return jnp.tanh(x + mixed.reshape(x.shape) @ w[3]), None
+
+    model = lambda x: jax.lax.scan(block, x, weights)[0][0, :3]
+    explain = xv.attention_relevance(model)
+    score = jax.jit(lambda x: explain(x, target=1).scores @ jnp.arange(5.0))
+    x, step = jnp.float32(draw(size=(2, 5, 8)))
+    slope = jnp.sum(jax.jit(jax.grad(score))(x) * step)
+    moved = (score(x + 1e-2 * step) - score(x - 1e-2 * step)) / 2e-2
+    assert abs(slope) > 0.1
+    np.testing.assert_allclose(slope, moved, rtol=2e-2)

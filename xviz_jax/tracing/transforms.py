@@ -326,18 +326,14 @@ def add_zeros(
         shape = located.values.add_to_output(plan, name)
         if shape is not None:
             place[name], shape = "output", (*site.loops, *shape)
-            _read(plan, located, values[name], once, jax.lax.stop_gradient)
+            _read(plan, located, values[name], once)
         else:
             place[name], shape = "probabilities", site.shape
             located.values.rewrite(plan, name, _add)
             names = (*values[name], "probabilities")
-            _read(plan, located, names, once, jax.lax.stop_gradient)
+            _read(plan, located, names, once)
         zeros[name] = jnp.zeros(shape, jnp.float32)
     return zeros, place
-
-
-def _whole(value: jax.Array) -> jax.Array:
-    return value
 
 
 def _names(program: Program, wanted: Selection) -> list[str]:
@@ -357,18 +353,13 @@ def _in_order(program: Program, found: dict) -> dict:
 
 
 def _read(
-    plan: Plan,
-    located: Located,
-    names: Sequence[str],
-    once: bool = False,
-    then: Callable[[jax.Array], jax.Array] = _whole,
+    plan: Plan, located: Located, names: Sequence[str], once: bool = False
 ) -> None:
     site, body = located.site, located.body
     for name in names:
         if name in site.values:
             atoms, read = located.values.readers()[name]()
-            value = lambda get, read=read: then(read(get))
-            plan.read(body, site.name, name, atoms, value)
+            plan.read(body, site.name, name, atoms, read)
             if once:
                 for each in loops.constant_in(plan.graph, body, atoms):
                     plan.once.setdefault(each, set()).add((site.name, name))
