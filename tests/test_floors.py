@@ -21,6 +21,7 @@ FLOORS = {
     "metrics": {"attribution", "baselines", "chunks", "noise", "perturbation"},
     "batch": {"attribution"},
     "models": set(),
+    "arrays": set(),
     "escape": set(),
     "plotting": {"attribution"},
     # What it found draws itself, once it is asked to.
@@ -29,8 +30,8 @@ FLOORS = {
         "plotting",
     },
     "compare_command": {
-        "attribution", "baselines", "comparison", "doctor", "escape", "explain",
-        "metrics", "models", "perturbation",
+        "arrays", "attribution", "baselines", "comparison", "doctor", "escape",
+        "explain", "metrics", "models", "perturbation",
     },
     "demo": {
         "attention", "attribution", "batch", "compare_command", "comparison",
@@ -38,10 +39,12 @@ FLOORS = {
     },
     "methods": {"attribution"},
     "doctor": {"attention", "models", "tracing"},
-    "explain": {"attribution", "doctor", "escape", "methods", "models", "plotting"},
+    "explain": {
+        "arrays", "attribution", "doctor", "escape", "methods", "models", "plotting",
+    },
     "audit": {
-        "attribution", "baselines", "batch", "doctor", "escape", "methods", "models",
-        "tracing", "_version",
+        "arrays", "attribution", "baselines", "batch", "doctor", "escape", "methods",
+        "models", "tracing", "_version",
     },
     "cli": {"audit", "compare_command", "demo", "doctor", "explain", "_version"},
 }

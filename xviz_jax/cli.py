@@ -162,6 +162,12 @@ def _audit_arguments(commands: Any) -> None:
     audit.add_argument(
         "--split", help="spread a checkpoint over all local devices", **flag
     )
+    audit.add_argument(
+        "--weights-sha256", help="the fingerprint that a checkpoint must have"
+    )
+    audit.add_argument(
+        "--allow-nonfinite", help="take weights that hold NaN or infinity", **flag
+    )
     audit.add_argument("--isolate", help="compute in a process of its own", **flag)
     audit.add_argument("--deadline", type=float, help="seconds for one shard")
     audit.add_argument("--max-bad-fraction", type=float, help="by default 0.05")

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from xviz_jax import baselines, doctor, explain, metrics, models
+from xviz_jax import arrays, baselines, doctor, explain, metrics, models
 from xviz_jax.attribution import Attribution
 from xviz_jax.comparison import CEILING, CONTROLS, Comparison, compare
 from xviz_jax.escape import terminal
@@ -301,21 +301,18 @@ def _read(
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
     """Records, and targets and slices where there are any."""
     try:
-        found = np.load(path, allow_pickle=False)
-        if isinstance(found, np.ndarray):
-            arrays = {"records": found}
-        else:
-            with found:
-                arrays = {name: found[name] for name in found.files}
-    except (OSError, ValueError, EOFError) as error:
+        found = arrays.load(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} holds no arrays: {error}") from error
-    if "records" not in arrays:
-        raise ValueError(f"{path} has no `records`, only {sorted(arrays)}")
-    records = arrays["records"]
+    if "" in found:
+        found = {"records": found[""]}
+    if "records" not in found:
+        raise ValueError(f"{path} has no `records`, only {sorted(found)}")
+    records = found["records"]
     if records.ndim < 2 or len(records) < 2:
         raise ValueError(f"{path} holds no rows of records: {list(records.shape)}")
     cast = np.int32 if np.issubdtype(records.dtype, np.integer) else np.float32
-    rest = [arrays.get(name) for name in ("targets", "slices")]
+    rest = [found.get(name) for name in ("targets", "slices")]
     targets, slices = (None if each is None else each[:limit] for each in rest)
     return records[:limit].astype(cast), targets, slices
 

@@ -151,7 +151,8 @@ def run(
         compare_command.write(verdict, out)
         summary["comparison"] = _findings(verdict)
     summary["total_seconds"] = round(time.perf_counter() - begin, 2)
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+    (out / "summary.json").write_text(text)
     console.print(_table(summary))
     if verdict is not None:
         console.print(compare_command.table(verdict))

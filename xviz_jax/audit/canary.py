@@ -1,4 +1,4 @@
-"""Is a row the same bits wherever it is computed? Three rows tell, at the start."""
+"""Is a row the same bits wherever it is computed? A few rows tell, of each program."""
 
 import dataclasses
 from collections.abc import Callable
@@ -23,6 +23,10 @@ class Verdict:
     notes: tuple[str, ...] = ()
 
 
+class Random(ValueError):
+    """One and the same input gave two answers."""
+
+
 def prove(
     programs: Programs,
     batch: Any,
@@ -44,7 +48,7 @@ def prove(
       reproducible bit for bit, but may still be wanted.
 
     Raises:
-      ValueError: If the same call gives two answers: the model draws random numbers.
+      Random: If the same call gives two answers: the model draws random numbers.
     """
     count = len(jax.tree.leaves(batch)[0])
     pick = lambda order: jax.tree.map(lambda leaf: leaf[np.asarray(order)], batch)
@@ -66,7 +70,7 @@ def prove(
         {n for a, b in zip(known, again, strict=True) for n in a if a[n] != b[n]}
     )
     if random:
-        raise ValueError(
+        raise Random(
             f"one and the same input gave two answers ({', '.join(random)}): the model "
             "draws random numbers, or is in training mode; an audited model is "
             "deterministic"

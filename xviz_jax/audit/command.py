@@ -70,7 +70,8 @@ def main(given: Mapping[str, Any]) -> int:
         ),
         soft_wrap=True,
     )
-    for note in (summary.why, *summary.notes):
+    ids = [f"{count} ids {what}" for what, count in summary.ids.items() if count]
+    for note in (summary.why, *ids, *summary.notes):
         if note:
             _tell(note)
     if summary.bitwise is False:

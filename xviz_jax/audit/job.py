@@ -40,6 +40,8 @@ class Job:
       devices: How many local devices are used; None for all.
       split: Spread a checkpoint's parameters over the devices.
       duplicates: What to do about ids that occur twice, as for `open_source`.
+      weights_sha256: The fingerprint that a checkpoint must have.
+      allow_nonfinite: Take weights that hold NaN or infinity.
     """
 
     model: str | Callable | Model
@@ -56,6 +58,8 @@ class Job:
     devices: int | None = None
     split: bool = False
     duplicates: Literal["refuse", "number", "trust"] = "refuse"
+    weights_sha256: str | None = None
+    allow_nonfinite: bool = False
 
     @property
     def options(self) -> dict[str, dict[str, Any]]:
@@ -79,6 +83,8 @@ _SETTINGS = (
     "jax_num_cpu_devices",
     "jax_enable_x64",
     "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
     "jax_compilation_cache_dir",
     "jax_persistent_cache_min_compile_time_secs",
     "jax_persistent_cache_min_entry_size_bytes",
@@ -106,24 +112,27 @@ def _setting(name: str) -> Any:
 def numerics() -> dict[str, Any]:
     """What the bits of all rows depend on besides the question: versions and device."""
     device = jax.local_devices()[0]
-    flags = [
-        flag
-        for flag in os.environ.get("XLA_FLAGS", "").split()
-        if not flag.startswith(_COUNTS)
-    ]
     found = {
         "xviz_jax": __version__,
         "jax": jax.__version__,
         "jaxlib": importlib.metadata.version("jaxlib"),
         "platform": device.platform,
         "device": device.device_kind,
-        "xla_flags": " ".join(sorted(flags)),
+        "xla_flags": _flags("XLA_FLAGS"),
+        "libtpu_flags": _flags("LIBTPU_INIT_ARGS"),
         "matmul_precision": str(_setting("jax_default_matmul_precision")),
         "x64": bool(_setting("jax_enable_x64")),
+        "random": str(_setting("jax_default_prng_impl")),
+        "random_partitionable": bool(_setting("jax_threefry_partitionable")),
     }
     if device.platform == "cpu":
         found["instructions"] = _instructions()
     return found
+
+
+def _flags(variable: str) -> str:
+    flags = os.environ.get(variable, "").split()
+    return " ".join(sorted(flag for flag in flags if not flag.startswith(_COUNTS)))
 
 
 def _instructions() -> str:

@@ -16,7 +16,7 @@ _FORMAT = 1
 # Where an object lies in memory.
 _ADDRESS = re.compile(" at 0x[0-9a-f]+")
 # What a row's bits do not depend on.
-_ELSEWHERE = ("records", "shard_size", "source", "microbatch")
+_ELSEWHERE = ("records", "shard_size", "source", "ids", "microbatch")
 
 
 @dataclasses.dataclass(frozen=True)

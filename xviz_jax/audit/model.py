@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import importlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from xviz_jax import baselines, doctor
 from xviz_jax.audit.sources import BadRecord, Buckets, Column, Record
-from xviz_jax.tracing import compat
 
-# Names of columns that hold what is explained.
-INPUTS = ("image", "x", "tokens", "text")
 # Tokens of a text for a model that knows no limit.
 _LONGEST = 4096
-# Where an object lies in memory, in the text of a traced program.
-_ADDRESS = re.compile("0x[0-9a-f]+")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +27,7 @@ class Model:
       parameters: Arrays, arguments of every compiled program; on a mesh, already
         where they belong.
       fingerprint: A hash of the parameters; by default of those here.
+      checked: Whether the parameters are known to be finite; else a run looks.
       columns: The columns of a record that become `x, *rest`, in that order; None
         for the one that the data has.
       read: Makes the arguments of a record's columns; by default they are taken as
@@ -51,6 +46,7 @@ class Model:
     forward: Callable[..., jax.Array]
     parameters: Any = None
     fingerprint: str = ""
+    checked: bool = False
     columns: tuple[str, ...] | None = None
     read: Callable[[Mapping[str, Any]], tuple[np.ndarray, ...]] | None = None
     schema: Mapping[str, Column] | None = None
@@ -152,6 +148,8 @@ def find(
     vocabulary: int | None = None,
     buckets: Buckets | None = None,
     split: bool = False,
+    weights_sha256: str | None = None,
+    allow_nonfinite: bool = False,
 ) -> Model:
     """The model a name stands for.
 
@@ -161,18 +159,29 @@ def find(
       vocabulary: How many tokens a function knows.
       buckets: Lengths that a function's tokens are padded to; it takes a mask then.
       split: Spread a checkpoint's parameters over all local devices.
+      weights_sha256: The fingerprint that a checkpoint must have.
+      allow_nonfinite: Take a checkpoint that holds NaN or infinity.
 
     Raises:
-      ValueError: If there is no such model, or an option is not for it.
+      ValueError: If there is no such model, an option is not for it, or its weights
+        are not as wanted.
     """
-    if isinstance(name, Model):
-        return name
     if isinstance(name, str) and name != "embedded" and _is_checkpoint(name):
         if vocabulary is not None:
             raise ValueError("`vocabulary` is for a function; a checkpoint knows its")
-        return _of_checkpoint(Path(name), buckets, split)
+        loaded, mesh = _loaded(Path(name), split, allow_nonfinite)
+        if weights_sha256 not in (None, loaded.fingerprint):
+            raise ValueError(
+                f"`weights_sha256` is {weights_sha256}, and the weights of {name} are "
+                f"{loaded.fingerprint}"
+            )
+        return _of_checkpoint(Path(name), loaded, mesh, buckets)
     if split:
         raise ValueError("only a checkpoint is split over devices by its name")
+    if weights_sha256 is not None:
+        raise ValueError("`weights_sha256` is for a checkpoint")
+    if isinstance(name, Model):
+        return name
     if name == "embedded":
         return _embedded()
     if isinstance(name, str):
@@ -211,8 +220,9 @@ def _embedded() -> Model:
     return Model(
         forward=forward,
         parameters=parameters,
+        checked=True,
         columns=("image",),
-        schema={"image": Column(shape=(28, 28))},
+        schema={"image": Column(shape=(28, 28), decode="image")},
         read=_gray,
         classes=tuple(embedded.card()["classes"]),
     )
@@ -229,18 +239,30 @@ def _gray(columns: Mapping[str, Any]) -> tuple[np.ndarray, ...]:
     return (image.astype(np.float32),)
 
 
-def _of_checkpoint(path: Path, buckets: Buckets | None, split: bool) -> Model:
+def _loaded(path: Path, split: bool, allow_nonfinite: bool) -> tuple[Any, Mesh | None]:
+    """A checkpoint, and the mesh that it is spread over."""
     from xviz_jax import models
 
     mesh = None
     if split:
         devices = np.array(jax.local_devices())
         mesh = Mesh(devices, ("model",), axis_types=(AxisType.Auto,))
-    loaded = models.load(path, scan=True, sharding=mesh)
+    loaded = models.load(
+        path, scan=True, sharding=mesh, allow_nonfinite=allow_nonfinite
+    )
+    return loaded, mesh
+
+
+def _of_checkpoint(
+    path: Path, loaded: Any, mesh: Mesh | None, buckets: Buckets | None
+) -> Model:
+    from xviz_jax import models
+
     if loaded.gives == "features":
         raise ValueError(f"{path} gives features; an audit explains classes")
     shared = {
         "fingerprint": loaded.fingerprint,
+        "checked": True,
         "classes": loaded.labels,
         "mesh": mesh,
     }
@@ -296,57 +318,6 @@ def _of_checkpoint(path: Path, buckets: Buckets | None, split: bool) -> Model:
         defaults={"baseline": baselines.tokens(words.pad_id, keep=frame)},
         **shared,
     )
-
-
-def hashed(model: Model, args: Sequence[Any]) -> str:
-    """A hash of the weights, those that the function holds included.
-
-    Args:
-      model: The model.
-      args: Shapes of its arguments.
-
-    Raises:
-      ValueError: If two traces of the function differ: it draws random numbers, or
-        is not in inference mode.
-    """
-    if model.fingerprint:
-        return model.fingerprint
-
-    def traced() -> tuple[str, list[Any]]:
-        # Not the same function object, whose trace JAX would remember.
-        jaxpr = jax.make_jaxpr(lambda p, *rest: model.forward(p, *rest))(
-            model.parameters, *args
-        )
-        return _ADDRESS.sub("", str(jaxpr)), _constants(jaxpr)
-
-    first = _digest(*traced())
-    if first != _digest(*traced()):
-        raise ValueError(
-            "two traces of the model differ: it draws random numbers while it is "
-            "traced; an audited model is deterministic, with dropout switched off"
-        )
-    return _digest(first, jax.tree.leaves(model.parameters))
-
-
-def _constants(jaxpr: Any) -> list[Any]:
-    """Arrays that a function closes over, those of functions inside included."""
-    found = compat.consts(jaxpr)
-    for equation in compat.open_jaxpr(jaxpr).eqns:
-        for value in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=compat.is_jaxpr
-        ):
-            if compat.is_jaxpr(value):
-                found += _constants(value)
-    return found
-
-
-def _digest(program: str, arrays: Sequence[Any]) -> str:
-    found = hashlib.sha256(program.encode())
-    for each in arrays:
-        stored = np.asarray(each)
-        found.update(f"{stored.dtype}{list(stored.shape)}".encode())
-        found.update(np.ascontiguousarray(stored).view(np.uint8).data)
-    return found.hexdigest()
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

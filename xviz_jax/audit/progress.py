@@ -129,12 +129,15 @@ class Summary:
       quarantined: Records without one.
       reasons: How many of these, by reason.
       numerics: Rows by `numerics_id`.
-      bitwise: Whether the canary found rows to depend on their record only; None
-        where there was nothing left to do.
+      bitwise: Whether the canary found rows of every program that this run has used
+        to depend on their record only; None where there was nothing left to do.
       notes: What it found otherwise.
       shards: All there are.
       computed: Shards that this run has computed.
       damaged: Shards that were found damaged and computed again.
+      ids: How many ids of the whole data occurred again and were `renamed`, and how
+        many rows have none and are named by their number, `missing`; 0 where ids were
+        trusted, or are those of a source of the caller's own.
       seconds: Of this run.
       records_per_second: Of this run.
       devices: What it ran on.
@@ -155,6 +158,7 @@ class Summary:
     shards: int
     computed: int
     damaged: tuple[int, ...]
+    ids: dict[str, int]
     seconds: float
     records_per_second: float
     devices: tuple[str, ...]

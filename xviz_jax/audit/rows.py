@@ -156,13 +156,14 @@ def _diagnostics(
 def quarantine(found: Sequence[Quarantined]) -> pa.Table:
     """Rows of what was not explained, in the order of the source."""
     rows = sorted(found, key=lambda row: row.index)
-    clean = lambda text: text[:_LONGEST].encode("utf-8", "replace").decode()
+    # An id is never cut: two may differ at their ends only.
+    clean = lambda text: text.encode("utf-8", "backslashreplace").decode()
     return pa.table(
         [
             [clean(row.id) for row in rows],
             [row.index for row in rows],
             [row.reason for row in rows],
-            [clean(row.message) for row in rows],
+            [clean(row.message[:_LONGEST]) for row in rows],
         ],
         schema=QUARANTINE,
     )

@@ -1,5 +1,6 @@
 """Explains every record of a source, whatever happens on the way."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,8 @@ from xviz_jax.audit.runner import Runner
 from xviz_jax.audit.sources import Buckets
 from xviz_jax.audit.stopping import Stop, listening
 
+# An address, also one whose slashes a `Path` has joined; a drive is a single letter.
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 METHODS = ("attention_rollout", "attention_relevance", "integrated_gradients")
 
 
@@ -35,6 +38,8 @@ def run(
     duplicates: Literal["refuse", "number", "trust"] = "refuse",
     devices: int | None = None,
     split: bool = False,
+    weights_sha256: str | None = None,
+    allow_nonfinite: bool = False,
     isolate: bool = False,
     deadline: float = 1800.0,
     max_bad_fraction: float = 0.05,
@@ -52,7 +57,7 @@ def run(
     record and on its `numerics_id` only. Memory does not grow with the records.
 
     Args:
-      out: The folder.
+      out: The folder, in a file system of this machine.
       model: `embedded`, a checkpoint's folder or GGUF file, `module:function`, a
         function of one example, or a `Model`.
       data: A path or address of records, or a source.
@@ -72,6 +77,9 @@ def run(
       duplicates: What to do about ids that occur twice, as for `open_source`.
       devices: How many local devices are used; None for all.
       split: Spread a checkpoint over all local devices, if it does not fit one.
+      weights_sha256: The `fingerprint` of `models.load` that a checkpoint must have;
+        another is refused before anything is computed.
+      allow_nonfinite: Explain a model whose weights hold NaN or infinity.
       isolate: Compute in a process of its own, which records may kill. It is done by
         itself where a shard has ended its process twice.
       deadline: Seconds after which a shard counts as hung.
@@ -110,7 +118,13 @@ def run(
         duplicates=duplicates,
         devices=devices,
         split=split,
+        weights_sha256=weights_sha256,
+        allow_nonfinite=allow_nonfinite,
     )
+    if _ADDRESS.match(str(out)):
+        raise ValueError(
+            f"`out` is a folder in a file system of this machine, got the address {out}"
+        )
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"`out` is a folder, got {out}")

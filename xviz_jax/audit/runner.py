@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from xviz_jax.audit import files, manifest, shard
+from xviz_jax.audit.canary import Verdict
 from xviz_jax.audit.isolated import Isolated
 from xviz_jax.audit.job import Job
 from xviz_jax.audit.local import Background, Local, Range, apart
@@ -24,6 +25,7 @@ from xviz_jax.audit.worker import Worker
 # Below so many records a share says little.
 _FEW = 1000
 _POLL = 0.1
+_DIFFERING = "rows are equal within a tolerance only, not bit for bit: "
 
 
 class Changed(ValueError):
@@ -47,7 +49,7 @@ class Opened:
     """
 
     said: dict[str, Any]
-    prove: Callable[[], Any]
+    prove: Callable[[], Verdict]
     devices: Sequence[str]
     results: Callable[[Mapping[int, Range], Meter], Iterator[tuple[int, Result]]]
     close: Callable[[], Any]
@@ -167,19 +169,16 @@ class Runner:
         verdict = opened.prove()
         meter.restart()
         if fresh:
-            beside = {"model": str(self._job.model), "bitwise": verdict.bitwise}
-            manifest.write(self._out, plan, beside)
+            self._describe(plan, verdict)
         if not verdict.bitwise:
-            self._log.say(
-                "rows are equal within a tolerance only, not bit for bit: "
-                + ", ".join(verdict.notes)
-            )
+            self._log.say(_DIFFERING + ", ".join(verdict.notes))
         computed = 0
         ranges = {number: plan.range(number) for number in missing}
         self._log.say(f"run {plan.run}: {len(missing)} of {plan.shards} shards to do")
         try:
             self._check_bad(meter.counts, plan.records, most)
             for number, result in opened.results(ranges, meter):
+                verdict = self._noted(plan, number, result, verdict)
                 meter.commit(shard.commit(self._out, number, plan.run, result))
                 self._marks.end(number)
                 computed += 1
@@ -201,6 +200,25 @@ class Runner:
                 say("fault", why, computed, verdict)
             raise
         return say("complete", "", computed, verdict)
+
+    def _noted(
+        self, plan: Manifest, number: int, result: Result, verdict: Verdict
+    ) -> Verdict:
+        """Logs how a shard was computed; the verdict with what the canary found."""
+        for line in result.log:
+            self._log.say(f"shard {number}: {line}")
+        if not result.differing:
+            return verdict
+        self._log.say(_DIFFERING + ", ".join(result.differing))
+        notes = dict.fromkeys([*verdict.notes, *result.differing])
+        found = Verdict(False, tuple(notes))
+        self._describe(plan, found)
+        return found
+
+    def _describe(self, plan: Manifest, verdict: Verdict) -> None:
+        """Writes `run.json`."""
+        beside = {"model": str(self._job.model), "bitwise": verdict.bitwise}
+        manifest.write(self._out, plan, beside)
 
     def _give_up(self, missing: Sequence[int]) -> None:
         """This process ends in order: none of the shards is to blame."""
@@ -284,7 +302,7 @@ class Runner:
         state: str,
         why: str,
         computed: int,
-        verdict: Any,
+        verdict: Verdict | None,
     ) -> Summary:
         counts, now = meter.counts, meter.now()
         found = Summary(
@@ -302,6 +320,7 @@ class Runner:
             shards=plan.shards,
             computed=computed,
             damaged=tuple(damaged),
+            ids=plan.said["ids"],
             seconds=round(meter.seconds(), 3),
             records_per_second=round(now.rate, 3),
             devices=tuple(opened.devices),

@@ -24,16 +24,23 @@ class Result:
     Attributes:
       explained: A table with one row for each explained record.
       quarantined: A table of the others.
+      log: Lines about how it was computed.
+      differing: What the canary found of programs that were new: rows are not the same
+        bits everywhere.
     """
 
     explained: pa.Table
     quarantined: pa.Table
+    log: tuple[str, ...] = ()
+    differing: tuple[str, ...] = ()
 
     def joined(self, other: "Result") -> "Result":
         """This range and the next one."""
         return Result(
             pa.concat_tables([self.explained, other.explained]).combine_chunks(),
             pa.concat_tables([self.quarantined, other.quarantined]).combine_chunks(),
+            self.log + other.log,
+            self.differing + other.differing,
         )
 
 

@@ -1,54 +1,31 @@
-"""One process's part: reads records, explains them, and says what became of each."""
+"""One process's part: explains ranges of records, and says what became of each."""
 
 import collections
-import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
 from xviz_jax.audit import canary, manifest, rows
-from xviz_jax.audit.explainers import Question, check, shape_key
+from xviz_jax.audit.explainers import Question, check
 from xviz_jax.audit.job import Job, numerics
-from xviz_jax.audit.model import find, hashed
-from xviz_jax.audit.programs import Programs, row_of, stacked
+from xviz_jax.audit.model import find
+from xviz_jax.audit.programs import Programs, stacked
+from xviz_jax.audit.reading import Batch, Prepared, Reading
+from xviz_jax.audit.reading import Unusable as Unusable
 from xviz_jax.audit.shard import Result
-from xviz_jax.audit.sources import BadRecord, Source, open_source
 from xviz_jax.audit.stopping import Preempted
+from xviz_jax.audit.weights import hashed
 
 # Records of a shard: what a fault may cost, and what a file may weigh.
 _SHARD, _SHARD_BYTES, _MULTIPLE = 1024, 64 * 2**20, 64
 # Records computed at once by default, and the share of a device's memory they may take.
 _MICROBATCH = {"cpu": 8, "gpu": 64, "tpu": 64}
 _SHARE = 0.6
-# Records that are looked at for three good ones before it is said that there are none.
-_LOOKED_AT = 1000
-
-
-@dataclasses.dataclass(frozen=True)
-class _Prepared:
-    """A record, ready for its program."""
-
-    index: int
-    id: str
-    label: str | None
-    row: dict[str, Any]
-    key: str
-    length: int | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """A range of records that was read."""
-
-    prepared: Sequence[_Prepared]
-    quarantined: Sequence[rows.Quarantined]
-
-
-class Unusable(ValueError):
-    """No record at the beginning of the data can be explained."""
+# Records by which a program is tried.
+_TRIED = 3
 
 
 class Worker:
@@ -68,46 +45,53 @@ class Worker:
         self.job = job
         check(job.options)
         self.model = find(
-            job.model, vocabulary=job.vocabulary, buckets=job.buckets, split=job.split
+            job.model,
+            vocabulary=job.vocabulary,
+            buckets=job.buckets,
+            split=job.split,
+            weights_sha256=job.weights_sha256,
+            allow_nonfinite=job.allow_nonfinite,
         )
         target, classes = job.target, self.model.classes or ()
         if isinstance(target, str) and target in classes:
             target = classes.index(target)
         self.question = Question(target, job.seed)
-        self.source = _opened(job, self.model)
-        self.total = min(len(self.source), job.limit or len(self.source))
-        if self.total == 0:
-            raise ValueError("there are no records to explain")
+        self.reading = Reading(job, self.model, self.question)
         self.programs = Programs(self.model, job.options, self.question, job.devices)
-        self._columns = job.columns or self.model.columns
         self._smaller: dict[str, tuple[int, int]] = {}
-        self._examples = self._look(avoid, 3)
+        self._verdicts: dict[tuple[str, int], canary.Verdict] = {}
+        # What the next result says besides its rows.
+        self._log: list[str] = []
+        self._differing: list[str] = []
+        self._examples = self.reading.look(avoid, _TRIED)
         first = self._examples[0]
         self.diagnostics = self.programs.diagnostics(first.row)
-        self._classes = self._count_classes(first.row)
+        self._classes = self.reading.classes = self._count_classes(first.row)
+        shapes = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), first.row["arguments"]
+        )
+        self._weights = hashed(self.model, shapes, allow_nonfinite=job.allow_nonfinite)
         self.microbatch = self._choose_microbatch()
         self._ids: manifest.Manifest | None = None
 
     def describe(self) -> dict[str, Any]:
         """All that the rows depend on, and how much there is to do."""
-        job, first = self.job, self._examples[0]
-        arguments = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), first.row["arguments"]
-        )
+        job, columns = self.job, self.reading.columns
         buckets = self.model.buckets
         return {
             "numerics": numerics(),
-            "weights": hashed(self.model, arguments),
+            "weights": self._weights,
             "mesh": dict(self.model.mesh.shape) if self.model.mesh else None,
             "methods": job.options,
             "target": list(job.target) if isinstance(job.target, tuple) else job.target,
             "seed": job.seed,
-            "columns": list(self._columns) if self._columns else None,
+            "columns": list(columns) if columns else None,
             "buckets": list(buckets.all()) if buckets else None,
             "microbatch": self.microbatch,
             "shard_size": job.shard_size or self._choose_shard(),
-            "records": self.total,
-            "source": self.source.fingerprint(),
+            "records": self.reading.total,
+            "source": self.reading.source.fingerprint(),
+            "ids": self.reading.ids(),
         }
 
     def devices(self) -> list[str]:
@@ -128,15 +112,11 @@ class Worker:
         first = self._examples[0]
         same = [each for each in self._examples if each.key == first.key]
         each = stacked([example.row for example in same])
-        return canary.prove(self.programs, each, first.key, self.microbatch, check)
+        return self._proved(each, first.key, self.microbatch, check)
 
     def read(self, begin: int, end: int) -> Batch:
         """Reads a range of records and sorts out those that cannot be explained."""
-        found = [self._read(index) for index in range(begin, end)]
-        return Batch(
-            [each for each in found if isinstance(each, _Prepared)],
-            [each for each in found if isinstance(each, rows.Quarantined)],
-        )
+        return self.reading.batch(begin, end)
 
     def compute(
         self,
@@ -154,7 +134,7 @@ class Worker:
           check: Called between microbatches; what it raises ends the call.
         """
         batch = self.read(begin, end) if batch is None else batch
-        groups: dict[str, list[_Prepared]] = collections.defaultdict(list)
+        groups: dict[str, list[Prepared]] = collections.defaultdict(list)
         for each in batch.prepared:
             groups[each.key].append(each)
         found: list[rows.Explained | rows.Quarantined] = [*batch.quarantined]
@@ -162,13 +142,20 @@ class Worker:
             found += self._group(groups[key], key, check)
         good = [each for each in found if isinstance(each, rows.Explained)]
         bad = [each for each in found if isinstance(each, rows.Quarantined)]
-        return Result(rows.table(good, self.diagnostics), rows.quarantine(bad))
+        log, self._log = self._log, []
+        differing, self._differing = self._differing, []
+        return Result(
+            rows.table(good, self.diagnostics),
+            rows.quarantine(bad),
+            tuple(log),
+            tuple(differing),
+        )
 
     def refuse(
         self, index: int, reason: str, message: str, name: str | None = None
     ) -> Result:
         """A record that a process did not survive; only its name is read."""
-        name = self._name(index) if name is None else name
+        name = self.reading.name(index) if name is None else name
         bad = [rows.Quarantined(index, name, reason, message)]
         return Result(rows.table([], self.diagnostics), rows.quarantine(bad))
 
@@ -179,92 +166,7 @@ class Worker:
 
     def shapes(self, sample: int) -> dict[str, int]:
         """How many records of an even sample go to each program, bad ones as `bad`."""
-        step = max(1, self.total // sample)
-        found = [self._read(index) for index in range(0, self.total, step)]
-        keys = [f.key if isinstance(f, _Prepared) else "bad" for f in found]
-        return dict(collections.Counter(keys))
-
-    def _name(self, index: int) -> str:
-        """A record's id, without the rest of it where the source can do that."""
-        source = self.source
-        if hasattr(source, "id_of"):
-            return source.id_of(index)
-        if not isinstance(source, Source):
-            return str(index)
-        return source.names.of_bad(index, source.reader)
-
-    def _read(self, index: int) -> _Prepared | rows.Quarantined:
-        name = str(index)
-        try:
-            record = self.source[index]
-            name = _name(record.id)
-            columns = self._columns or self._default(record)
-            args, length = self.model.arguments(record, columns)
-            target = self._target(record.label)
-        except BadRecord as error:
-            return rows.Quarantined(
-                index, error.id or name, error.reason, error.message
-            )
-        except (OSError, MemoryError):
-            # The disk or the network, and not the record.
-            raise
-        except Exception as error:
-            said = f"{type(error).__name__}: {error}"
-            return rows.Quarantined(index, name, "UNREADABLE", said)
-        query = self.model.query
-        if length is not None and query < 0:
-            query += length
-        label = None if record.label is None else str(record.label)
-        row = row_of(args, record.id, query, target)
-        return _Prepared(index, record.id, label, row, shape_key(args), length)
-
-    def _default(self, record: Any) -> tuple[str, ...]:
-        for name in ("image", "x", "tokens"):
-            if name in record.columns:
-                return (name,)
-        raise BadRecord("MISSING", f"no image, x or tokens in {list(record.columns)}")
-
-    def _target(self, label: Any) -> int | None:
-        """The class that is known before the model is run.
-
-        Raises:
-          BadRecord: If the label is wanted and is no class.
-        """
-        if self.question.target != "label":
-            known = self.question.target
-            return known if isinstance(known, int) else None
-        classes = self.model.classes or ()
-        if isinstance(label, str) and label in classes:
-            label = classes.index(label)
-        if not isinstance(label, int) or isinstance(label, bool):
-            raise BadRecord("MISSING", f"the label {label!r:.40} is no class")
-        limit = getattr(self, "_classes", None)
-        if label < 0 or (limit is not None and label >= limit):
-            raise BadRecord(
-                "WRONG_SHAPE", f"the label {label} is none of {limit} classes"
-            )
-        return label
-
-    def _look(self, begin: int, wanted: int) -> list[_Prepared]:
-        """The first good records, by which the programs are tried."""
-        good: list[_Prepared] = []
-        reasons: collections.Counter[str] = collections.Counter()
-        last = ""
-        for index in range(begin, min(self.total, begin + _LOOKED_AT)):
-            found = self._read(index)
-            if isinstance(found, rows.Quarantined):
-                reasons[found.reason] += 1
-                last = f"{found.id}: {found.reason}: {found.message}"
-            else:
-                good.append(found)
-                if len(good) == wanted:
-                    break
-        if not good:
-            raise Unusable(
-                f"none of the first {min(self.total, _LOOKED_AT)} records can be "
-                f"explained: {dict(reasons)}; the last, {last:.200}"
-            )
-        return good
+        return self.reading.shapes(sample)
 
     def _count_classes(self, row: Any) -> int | None:
         logits = jax.eval_shape(
@@ -309,23 +211,28 @@ class Worker:
         return max(1, min(_SHARD, fits))
 
     def _group(
-        self, group: list[_Prepared], key: str, check: Callable[[int], Any] | None
+        self, group: list[Prepared], key: str, check: Callable[[int], Any] | None
     ) -> list[rows.Explained | rows.Quarantined]:
         """Explains records of one shape, in a smaller way where memory runs out."""
         while True:
             microbatch, in_flight = self._smaller.get(key, (self.microbatch, 2))
             try:
                 return self._explain(group, key, microbatch, in_flight, check)
-            except Preempted:
+            except (Preempted, canary.Random):
                 raise
             except Exception as error:
                 if not out_of_memory(error):
                     return self._halves(group, key, check, error)
+                short = f"out of memory for {key}:"
                 if in_flight > 1:
                     self._smaller[key] = microbatch, 1
+                    self._log.append(f"{short} one microbatch at a time on a device")
                 elif microbatch > 1:
                     self.programs.forget(key, microbatch)
                     self._smaller[key] = microbatch // 2, 1
+                    self._log.append(
+                        f"{short} {microbatch // 2} records at once, not {microbatch}"
+                    )
                 elif len(group) > 1:
                     return [
                         found
@@ -338,7 +245,7 @@ class Worker:
 
     def _halves(
         self,
-        group: list[_Prepared],
+        group: list[Prepared],
         key: str,
         check: Callable[[int], Any] | None,
         error: Exception,
@@ -355,13 +262,20 @@ class Worker:
 
     def _explain(
         self,
-        group: list[_Prepared],
+        group: list[Prepared],
         key: str,
         microbatch: int,
         in_flight: int,
         check: Callable[[int], Any] | None,
     ) -> list[rows.Explained | rows.Quarantined]:
         batch = stacked([each.row for each in group])
+        if (key, microbatch) not in self._verdicts:
+            few = jax.tree.map(lambda leaf: leaf[:_TRIED], batch)
+            # These rows are no progress.
+            still = None if check is None else lambda count: check(0)
+            verdict = self._proved(few, key, microbatch, still)
+            where = f"of {key}, {microbatch} at once"
+            self._differing += [f"{note}, {where}" for note in verdict.notes]
         predicted, found = self.programs.run(
             batch, key, microbatch, in_flight=in_flight, check=check
         )
@@ -371,6 +285,18 @@ class Worker:
             for number, each in enumerate(group)
         ]
 
+    def _proved(
+        self,
+        batch: Any,
+        key: str,
+        microbatch: int,
+        check: Callable[[int], Any] | None,
+    ) -> canary.Verdict:
+        """The canary of a program; what it found is known from then on."""
+        found = canary.prove(self.programs, batch, key, microbatch, check)
+        self._verdicts[key, microbatch] = found
+        return found
+
     def numerics_id(self, microbatch: int, key: str) -> str:
         """What the bits of rows of a shape depend on besides the record."""
         if self._ids is None:
@@ -379,7 +305,7 @@ class Worker:
 
     def _answer(
         self,
-        each: _Prepared,
+        each: Prepared,
         number: int,
         predicted: dict[str, np.ndarray],
         found: dict[str, Any],
@@ -425,30 +351,5 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _name(id: str) -> str:
-    """An id that can be written.
-
-    Raises:
-      BadRecord: If it is none.
-    """
-    try:
-        id.encode()
-    except (AttributeError, UnicodeEncodeError) as error:
-        said = repr(id)[:100]
-        raise BadRecord("BAD_UTF8", f"the id {said}: {error}", said) from None
-    return id
-
-
 def _extent(values: np.ndarray) -> str:
     return f"from {np.min(values)} to {np.max(values)}"
-
-
-def _opened(job: Job, model: Any) -> Any:
-    # A source of the caller's own, that says what it is; others are opened.
-    if hasattr(job.data, "fingerprint"):
-        return job.data
-    wanted = job.columns or model.columns
-    schema = {k: v for k, v in (model.schema or {}).items()}
-    return open_source(
-        job.data, columns=wanted, schema=schema, duplicates=job.duplicates
-    )

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xviz_jax import doctor, models
+from xviz_jax import arrays, doctor, models
 from xviz_jax.models.image_view import ImageView
 from xviz_jax.models.text import Encoding
 
@@ -145,12 +145,12 @@ def of_checkpoint(
 
 def _array(path: Path) -> np.ndarray:
     try:
-        found = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        found = arrays.load(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} holds no array: {error}") from error
-    if not isinstance(found, np.ndarray):
+    if "" not in found:
         raise ValueError(f"{path} holds several arrays, wanted a .npy file")
-    return found
+    return found[""]
 
 
 def _prepare(

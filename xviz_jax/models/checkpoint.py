@@ -1,5 +1,6 @@
 """A published checkpoint's folder: its configuration, and tensors not yet read."""
 
+import collections
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
@@ -178,6 +179,8 @@ def _headers(file: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{file.name} is truncated or no safetensors file ({error})"
         ) from error
+    if twice := _twice(file):
+        raise ValueError(f"{file.name} names {twice} twice in its header")
 
     def tensor(name: str, slice_: Any) -> Tensor:
         shape, dtype = tuple(slice_.get_shape()), slice_.get_dtype()
@@ -185,3 +188,19 @@ def _headers(file: Path) -> dict[str, Tensor]:
         return Tensor(shape, dtype, lambda: handle.get_tensor(name), decode)
 
     return {name: tensor(name, slice_) for name, slice_ in slices.items()}
+
+
+def _twice(file: Path) -> list[str]:
+    """Keys that the header has twice, of which readers take one in silence."""
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = opened.read(size)
+    found: list[str] = []
+
+    def look(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        counts = collections.Counter(name for name, _ in pairs)
+        found.extend(name for name, count in counts.items() if count > 1)
+        return dict(pairs)
+
+    json.loads(header, object_pairs_hook=look)
+    return found

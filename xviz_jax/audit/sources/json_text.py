@@ -38,6 +38,12 @@ def parse(line: bytes, limits: Limits) -> Any:
         raise BadRecord("UNDECODABLE", f"no JSON: {error}") from None
 
 
+def bracketed(text: str) -> bool:
+    """Whether a text looks like a JSON array."""
+    text = text.strip()
+    return text[:1] == "[" and text[-1:] == "]"
+
+
 def numbers(text: str, limits: Limits, single: bool) -> Any:
     """Numbers that a text holds: a JSON array, or separated by spaces.
 

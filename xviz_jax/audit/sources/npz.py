@@ -5,44 +5,20 @@ stream, so records in order are cheap and memory holds one row. Not through a me
 map: a file that shrinks under one ends the process.
 """
 
-import dataclasses
 import io
-import lzma
 import os
-import struct
 import zipfile
-import zlib
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.lib import format as npy
 
+from xviz_jax import arrays
+from xviz_jax.arrays import DAMAGE, Member
 from xviz_jax.audit.sources.place import Place
 from xviz_jax.audit.sources.record import BadRecord, Limits, Reader
-from xviz_jax.audit.sources.schema import row_bytes, utf8
+from xviz_jax.audit.sources.schema import utf8
 
-_LOCAL_HEADER = 30
 _ONE = "x"
-_DAMAGE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError)
-
-
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """One array of the file.
-
-    Attributes:
-      dtype: Of its entries.
-      shape: Of the whole array.
-      begin: Where its bytes begin: in the file, or in the stream of `stream`.
-      stream: The compressed member's name in the archive; empty for a stored one.
-      crc: The archive's checksum.
-    """
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    begin: int
-    stream: str = ""
-    crc: int | None = None
 
 
 class Npz(Reader):
@@ -60,7 +36,7 @@ class Npz(Reader):
         with place.open() as file:
             try:
                 self.members = _members(file, self.size, place, limits)
-            except (*_DAMAGE, OSError, NotImplementedError) as error:
+            except (*DAMAGE, OSError, NotImplementedError) as error:
                 raise ValueError(
                     f"{place.name} is truncated or no npz: {error}"
                 ) from None
@@ -92,12 +68,12 @@ class Npz(Reader):
 
     def _row(self, row: int, name: str) -> Any:
         member = self.members[name]
-        size = row_bytes(member.dtype, member.shape[1:])
+        size = member.row_bytes
         try:
             file = self._opened(member.stream)
             file.seek(member.begin + row * size)
             stored = file.read(size)
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise BadRecord("UNDECODABLE", f"{name!r}: {error}") from None
         if len(stored) < size:
             raise BadRecord("TRUNCATED", f"{name!r}: {len(stored)} of {size} bytes")
@@ -140,97 +116,24 @@ class _Handle:
 def _members(
     file: BinaryIO, size: int, place: Place, limits: Limits
 ) -> dict[str, Member]:
+    """The arrays, all of them rows of values that lie together."""
     if place.suffix == ".npy":
-        dtype, shape, begin = _header(file, place.name, _ONE)
-        member = Member(dtype, shape, begin)
-        return {_ONE: _checked(member, size - begin, place.name, _ONE, limits)}
-    found: dict[str, Member] = {}
-    with zipfile.ZipFile(file) as archive:
-        for info in archive.infolist():
-            name = info.filename.removesuffix(".npy")
-            if not info.filename.endswith(".npy"):
-                raise ValueError(
-                    f"{place.name} holds {info.filename!r}, which is no array"
-                )
-            if name in found:
-                raise ValueError(f"{place.name} holds {name!r} twice")
-            if info.flag_bits & 1:
-                raise ValueError(f"{place.name} is encrypted")
-            with archive.open(info) as stream:
-                dtype, shape, begin = _header(stream, place.name, name)
-            stored = info.compress_type == zipfile.ZIP_STORED
-            member = Member(
-                dtype,
-                shape,
-                begin + (_data(file, info, size, place) if stored else 0),
-                "" if stored else info.filename,
-                info.CRC,
+        found = {_ONE: arrays.alone(file, size, place.name, _ONE)}
+    else:
+        found = arrays.members(file, size, place.name)
+    for name, member in found.items():
+        if member.fortran:
+            raise ValueError(
+                f"{place.name}: {name!r} is stored column by column; save "
+                "np.ascontiguousarray of it, so that a record lies together"
             )
-            held = info.file_size - begin
-            found[name] = _checked(member, held, place.name, name, limits)
+        if not member.shape or not member.row_bytes:
+            raise ValueError(
+                f"{place.name}: {name!r} is {member}, rows of values are wanted"
+            )
+        if member.row_bytes > limits.bytes:
+            raise ValueError(
+                f"{place.name}: a row of {name!r} has {member.row_bytes} bytes, "
+                f"`limits` allow {limits.bytes}"
+            )
     return found
-
-
-def _header(
-    file: Any, file_name: str, name: str
-) -> tuple[np.dtype, tuple[int, ...], int]:
-    """Dtype, shape and length of an array's header."""
-    try:
-        version = npy.read_magic(file)
-        read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-        if version not in read:
-            raise ValueError(f"format {version} is not known")
-        shape, fortran, dtype = read[version](file)
-    except (ValueError, EOFError, TypeError, SyntaxError) as error:
-        raise ValueError(f"{file_name}: {name!r} is no array: {error}") from None
-    if fortran and len(shape) > 1:
-        raise ValueError(
-            f"{file_name}: {name!r} is stored column by column; save "
-            "np.ascontiguousarray of it, so that a record lies together"
-        )
-    return dtype, shape, file.tell()
-
-
-def _data(file: BinaryIO, info: zipfile.ZipInfo, size: int, place: Place) -> int:
-    """Where a stored member's bytes begin, past its local header."""
-    kept = file.tell()
-    file.seek(info.header_offset)
-    header = file.read(_LOCAL_HEADER)
-    name, extra = struct.unpack_from("<HH", header, 26)
-    file.seek(kept)
-    begin = info.header_offset + _LOCAL_HEADER + name + extra
-    if info.compress_size != info.file_size or begin + info.file_size > size:
-        raise ValueError(
-            f"{place.name} is truncated or no npz: {info.filename!r} of "
-            f"{info.file_size} bytes would end at {begin + info.file_size} of {size}"
-        )
-    return begin
-
-
-def _checked(
-    member: Member, stored: int, file_name: str, name: str, limits: Limits
-) -> Member:
-    """The member, if it is rows of values, and declares as many bytes as it has."""
-    kind = f"{member.dtype}{list(member.shape)}"
-    if member.dtype.hasobject:
-        raise ValueError(
-            f"{file_name}: {name!r} holds Python objects, which are pickled and could "
-            "run code; save numbers or texts"
-        )
-    if member.dtype.kind not in "biufUS":
-        raise ValueError(
-            f"{file_name}: {name!r} is {kind}, numbers or texts are wanted"
-        )
-    row, whole = (row_bytes(member.dtype, s) for s in (member.shape[1:], member.shape))
-    if min(member.shape, default=0) < 0 or not member.shape or not row:
-        raise ValueError(f"{file_name}: {name!r} is {kind}, rows of values are wanted")
-    if whole != stored:
-        raise ValueError(
-            f"{file_name}: {name!r} declares {kind}, {whole} bytes, and has {stored}"
-        )
-    if row > limits.bytes:
-        raise ValueError(
-            f"{file_name}: a row of {name!r} has {row} bytes, `limits` allow "
-            f"{limits.bytes}"
-        )
-    return member

@@ -56,7 +56,8 @@ class Objects(Reader):
                 content.update(str(error).encode(errors="replace"))
                 continue
             for name in sorted(found):
-                content.update(f"{name} {_spell(found[name])}".encode())
+                said = f"{name} {_spell(found[name])}"
+                content.update(said.encode(errors="replace"))
         kind = type(self.elements)
         return {
             "format": f"{kind.__module__}.{kind.__qualname__}",

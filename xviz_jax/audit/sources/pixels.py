@@ -22,17 +22,23 @@ def encoded(value: Any) -> bool:
     )
 
 
-def decode(value: Any, limits: Limits, folder: Any) -> np.ndarray:
-    """Decodes one image, upright and in RGB; of an animation the first frame.
+def decode(
+    value: Any,
+    limits: Limits,
+    folder: Any,
+    shape: tuple[int | None, ...] | None = None,
+) -> np.ndarray:
+    """Decodes one image, upright, in RGB or gray; of an animation the first frame.
 
     Args:
       value: Encoded bytes, a mapping with them under `bytes`, or a file's name in
         `folder`; pixels are left as they are.
       limits: The most bytes and pixels.
       folder: Opens a file by its name.
+      shape: What is wanted: gray where it has no axis of channels, or one channel.
 
     Returns:
-      uint8 [height, width, 3].
+      uint8 [height, width, 3]; in gray [height, width] or [height, width, 1].
 
     Raises:
       BadRecord: If it is no such image, damaged, too deep or too large.
@@ -63,7 +69,10 @@ def decode(value: Any, limits: Limits, folder: Any) -> np.ndarray:
                 raise BadRecord(
                     "WRONG_DTYPE", f"mode {image.mode}, 8 bits a sample are wanted"
                 )
-            return np.array(ops.exif_transpose(image).convert("RGB"))
+            gray = shape is not None and (len(shape) == 2 or shape[2:] == (1,))
+            upright = ops.exif_transpose(image)
+            found = np.array(upright.convert("L" if gray else "RGB"))
+            return found[..., None] if gray and len(shape) == 3 else found
     except BadRecord:
         raise
     except bombs as error:

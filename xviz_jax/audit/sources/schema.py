@@ -6,7 +6,6 @@ can still be refused.
 """
 
 import dataclasses
-import math
 from typing import Any, Literal
 
 import numpy as np
@@ -30,7 +29,8 @@ class Column:
       max_length: The same.
       finite: Refuses NaN and infinities.
       decode: `"image"`: the value is an encoded image, or names one in the folder of
-        the data; it becomes uint8 [height, width, 3].
+        the data. It becomes uint8 [height, width, 3]; gray, by its luminance, where
+        `shape` has two axes, [height, width], or one channel, [height, width, 1].
     """
 
     dtype: str | None = None
@@ -203,8 +203,3 @@ def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...] | None) -> bool
 
 def _spell(shape: tuple[int | None, ...] | None) -> str:
     return f"[{', '.join('any' if n is None else str(n) for n in shape or ())}]"
-
-
-def row_bytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:
-    """Bytes of one row, in integers that do not overflow."""
-    return math.prod(shape) * dtype.itemsize

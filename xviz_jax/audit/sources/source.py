@@ -11,7 +11,7 @@ import numpy as np
 
 from xviz_jax.audit.sources import ids, json_text, pixels
 from xviz_jax.audit.sources.record import BadRecord, Limits, Reader, Record
-from xviz_jax.audit.sources.schema import ANY, DEFAULTS, Column
+from xviz_jax.audit.sources.schema import ANY, DEFAULTS, Column, utf8
 
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 
@@ -110,12 +110,20 @@ class Source:
         value = raw.get(theirs)
         if value is None:
             raise BadRecord("MISSING", f"{theirs!r} has no value")
-        encoded = column.dtype != "text" and pixels.encoded(value)
-        if encoded or column.decode == "image":
-            value = pixels.decode(value, self.limits, self.reader.folder)
-        elif self.reader.textual and column.dtype != "text" and isinstance(value, str):
-            value = json_text.numbers(value, self.limits, column.shape == ())
+        if column.dtype != "text":
+            if self._spelled(value, column):
+                value = json_text.numbers(value, self.limits, column.shape == ())
+            elif column.decode == "image" or pixels.encoded(value):
+                folder = self.reader.folder
+                value = pixels.decode(value, self.limits, folder, column.shape)
         return column.check(ours, value, loose=self.reader.loose)
+
+    def _spelled(self, value: Any, column: Column) -> bool:
+        """Whether a text stands for numbers."""
+        if not self.reader.textual or not isinstance(value, str):
+            return False
+        # An image's may also be a file's name, which does not end in a bracket.
+        return column.decode is None or json_text.bracketed(value)
 
     def _prepared(self, found: dict[str, Any]) -> dict[str, Any]:
         assert self.prepare is not None
@@ -138,7 +146,7 @@ class Source:
                 f"label {self.label!r} is {type(value).__name__}, a number or a text "
                 "is wanted",
             )
-        return value
+        return utf8(f"label {self.label}", value) if isinstance(value, str) else value
 
 
 def _qualified(function: Any) -> str | None:
