@@ -1,6 +1,8 @@
 """The command, its exit codes, and what is read afterwards."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
@@ -149,7 +151,7 @@ def test_a_dry_run(data, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "40 records in 1 shards of 1,024, 4 at once on each of 1 devices" in said
     assert "39  float32[8]" in said and "1  bad" in said
-    assert "MiB" in said and "records/s" in said
+    assert "MiB" in said and "records/s measured on the first 40," in said
     assert not [*tmp_path.iterdir()]
 
 
@@ -168,6 +170,8 @@ def test_a_dry_run(data, tmp_path, capsys):
         (["--max-bad-fraction", "2"], "from 0 to 1"),
         (["--deadline", "0"], "a time in seconds"),
         (["--data", "nowhere.npz"], "nowhere"),
+        (["--out", "s3://bucket/out"], "got the address s3://bucket/out"),
+        (["--weights-sha256", "0"], "is for a checkpoint"),
         (["--model", "nowhere:f"], "cannot be imported"),
         (["--model", "nowhere"], "nowhere"),
         (["--config", "nowhere.toml"], "no TOML file"),
@@ -192,6 +196,38 @@ def test_other_ends(data, tmp_path, capsys, monkeypatch):
     assert "No space left" in capsys.readouterr().err
 
 
+def test_an_address_is_no_output(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for out in ("gs://bucket/out", Path("s3://bucket/out")):
+        with pytest.raises(ValueError, match="a folder in a file system of this"):
+            audit.run(out, model=tiny.MODEL, data=str(data))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_how_far_a_run_is(tmp_path):
+    known = audit.Progress(
+        records=2000, done=500, quarantined=3, unconverged=2, rate=50.0, devices=4
+    )
+    assert known.seconds_left == 30
+    assert str(known) == (
+        "500 of 2,000 records, 50.0/s, 0:00:30 left, 3 quarantined, 2 unconverged, "
+        "4 devices"
+    )
+    begun = dataclasses.replace(known, done=0, rate=0.0)
+    assert str(begun).startswith("0 of 2,000 records, 0.0/s, - left")
+    seen = []
+    source = tiny.Records(8, {2: "nan", 5: "inf"})
+    methods = {"integrated_gradients": {"max_evaluations": 17, "tolerance": 1e-4}}
+    given = {"model": "tests.audit.tiny:steps", "data": source, "methods": methods}
+    found = harness.run(tmp_path, **given, devices=2, progress=seen.append)
+    done = [each.done for each in seen]
+    assert done == sorted(done) and 0 < done[0] < done[-1] == 8
+    last = seen[-1]
+    assert (last.records, last.quarantined, last.unconverged) == (8, 2, 6)
+    assert last.devices == len(found.devices) == 2
+    assert last.rate > 0 and last.seconds_left == 0
+
+
 def test_what_data_says_commands_no_terminal(tmp_path, capsys):
     x = np.full((2, 8), np.nan, np.float32)
     np.savez(tmp_path / "d.npz", x=x, id=np.array(["a", "\x1b[31mred"]))
@@ -200,6 +236,21 @@ def test_what_data_says_commands_no_terminal(tmp_path, capsys):
     assert cli.main([*command, *out]) == 3
     said = capsys.readouterr().err
     assert "[31mred: NONFINITE_INPUT" in said and "\x1b" not in said
+
+
+def test_ids_are_counted(tmp_path, capsys):
+    """29."""
+    x, ids = np.ones((5, 8), np.float32), np.array(["a", "b", "a", "", "a"])
+    np.savez(tmp_path / "d.npz", x=x, id=ids)
+    command = ["audit", *MODEL, "--data", str(tmp_path / "d.npz"), "--methods"]
+    out = ["--out", str(tmp_path / "o"), "--duplicates", "number"]
+    assert cli.main([*command, "saliency", *out]) == 0
+    said = capsys.readouterr().err
+    assert "2 ids renamed" in said and "1 ids missing" in said
+    summary = audit.open(tmp_path / "o").summary
+    assert summary["ids"] == {"renamed": 2, "missing": 1}
+    names = harness.read(tmp_path / "o").column("id").to_pylist()
+    assert names == ["a", "b", "a#2", "3", "a#4"]
 
 
 def test_the_embedded_model(tmp_path, capsys):

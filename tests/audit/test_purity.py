@@ -1,5 +1,8 @@
 """A row's bits depend on its record, whoever computes it and beside whom."""
 
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,8 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tests.audit import harness, tiny
-from xviz_jax import audit
+from xviz_jax import audit, batch
+from xviz_jax.audit import canary, job
 
 METHODS = {
     # Inputs that need different numbers of steps share lanes, and change them.
@@ -64,6 +68,71 @@ def test_a_row_that_depends_on_its_neighbours_is_found(tmp_path):
     assert done.bitwise is False
     assert "prediction alone" in done.notes
     assert "bit for bit" in (tmp_path / "audit.log").read_text()
+
+
+def test_every_program_is_proved(tmp_path, monkeypatch):
+    """Of each shape, and of a microbatch that was made smaller."""
+
+    def forward(weights, x):
+        mean = jax.pure_callback(
+            lambda rows: np.full(rows.shape[:-1], np.mean(rows), np.float32),
+            jax.ShapeDtypeStruct((), jnp.float32),
+            jax.lax.stop_gradient(x),
+            vmap_method="expand_dims",
+        )
+        # Of records of 9 numbers, a row depends on the whole batch.
+        return tiny._forward(weights, x[:8]) + (mean if x.shape == (9,) else 0)
+
+    model = dataclasses.replace(tiny.MODEL, forward=forward)
+    given = {"model": model, "devices": 2}
+    assert harness.run(tmp_path / "short", data=tiny.Records(8), **given).bitwise
+    source = tiny.Records(24, {n: "long" for n in range(9, 13)})
+    done = harness.run(tmp_path / "long", data=source, **given)
+    assert done.state == "complete" and done.bitwise is False
+    assert "prediction alone, of float32[9], 4 at once" in done.notes
+    said = json.loads((tmp_path / "long/run.json").read_text())
+    assert said["bitwise"] is False
+    assert "not bit for bit: prediction" in (tmp_path / "long/audit.log").read_text()
+    proved, prove = [], canary.prove
+
+    def noted(programs, batch, key, microbatch, check):
+        proved.append((key, microbatch))
+        return prove(programs, batch, key, microbatch, check)
+
+    monkeypatch.setattr(canary, "prove", noted)
+    call, tried = batch.Program.__call__, []
+
+    def limited(self, inputs, **options):
+        tried.append(self.microbatch)
+        if self.microbatch == 4 and len(inputs["words"]) > 3:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return call(self, inputs, **options)
+
+    monkeypatch.setattr(batch.Program, "__call__", limited)
+    harness.run(tmp_path / "less")
+    assert proved == [("float32[8]", 4), ("float32[8]", 2)]
+    # 30: logged.
+    said = (tmp_path / "less/audit.log").read_text()
+    one = "shard 0: out of memory for float32[8]: one microbatch at a time on a device"
+    two = "shard 0: out of memory for float32[8]: 2 records at once, not 4"
+    assert said.count(one) == said.count(two) == 1
+
+
+def test_what_bits_depend_on_is_said(monkeypatch):
+    """A key's numbers depend on how JAX draws them, and a TPU's on its own flags."""
+    before = job.numerics()
+    assert before["random"] == "threefry2x32"
+    assert before["random_partitionable"] is True
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_b=2 --xla_a=1")
+    with jax.default_prng_impl("rbg"), jax.threefry_partitionable(False):
+        after = job.numerics()
+        assert job.settings()["jax_default_prng_impl"] == "rbg"
+    changed = {key: after[key] for key in after if after[key] != before[key]}
+    assert changed == {
+        "libtpu_flags": "--xla_a=1 --xla_b=2",
+        "random": "rbg",
+        "random_partitionable": False,
+    }
 
 
 @pytest.mark.parametrize("name", ["random", "random_trace"])
