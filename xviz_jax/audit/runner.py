@@ -2,29 +2,24 @@
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from xviz_jax.audit import files, manifest, shard
+from xviz_jax.audit import engine, files, manifest, shard
 from xviz_jax.audit.canary import Verdict
-from xviz_jax.audit.isolated import Isolated
+from xviz_jax.audit.engine import Engine
 from xviz_jax.audit.job import Job
-from xviz_jax.audit.local import Background, Local, Range, apart
 from xviz_jax.audit.manifest import Manifest
 from xviz_jax.audit.progress import SUMMARY, Log, Meter, Progress, Summary
-from xviz_jax.audit.ray import Cluster, Ray
+from xviz_jax.audit.ray import Ray
 from xviz_jax.audit.shard import Counts, Result
-from xviz_jax.audit.state import START, Marks
+from xviz_jax.audit.state import Marks
 from xviz_jax.audit.stopping import Preempted, Stop
-from xviz_jax.audit.worker import Worker
 
 # Below so many records a share says little.
 _FEW = 1000
-_POLL = 0.1
 _DIFFERING = "rows are equal within a tolerance only, not bit for bit: "
 
 
@@ -34,25 +29,6 @@ class Changed(ValueError):
 
 class TooManyBad(RuntimeError):
     """More records cannot be explained than was allowed."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Opened:
-    """An engine that is ready.
-
-    Attributes:
-      said: What its workers are.
-      prove: The canary.
-      devices: What it runs on.
-      results: Computes shards.
-      close: Ends it.
-    """
-
-    said: dict[str, Any]
-    prove: Callable[[], Verdict]
-    devices: Sequence[str]
-    results: Callable[[Mapping[int, Range], Meter], Iterator[tuple[int, Result]]]
-    close: Callable[[], Any]
 
 
 class Runner:
@@ -74,76 +50,18 @@ class Runner:
             files.sweep(out / name)
         files.sweep(out)
         self._marks, self._log = Marks(out), Log(out)
-        self._hung: Callable[[], bool] = lambda: False
 
-    def open(self, engine: str, ray: Ray, isolate: bool) -> Opened:
+    def open(self, kind: str, ray: Ray, isolate: bool) -> Engine:
         """Starts the engine."""
-        if engine == "ray":
-            found = Cluster(self._job, ray, self._stop, self._deadline)
-            return Opened(
-                found.describe(),
-                found.prove,
-                found.devices(),
-                lambda ranges, meter: found.results(ranges),
-                found.close,
-            )
-        isolated = Isolated(self._job, check=self._stop.check)
-        if isolate or self._marks.crashing():
-            self._log.say("computing in a process of its own")
-            return self._apart(isolated)
-        self._marks.begin(START)
-        started = Background(Worker, self._job)
-        if not self._came(started):
-            self._hung = lambda: True
-            self._log.say("the first records hang: going on in a process of its own")
-            return self._apart(isolated)
-        worker = started.answer()
-        said = worker.describe()
-        self._marks.end(START)
-        return Opened(
-            said,
-            lambda: worker.prove(lambda count: self._stop.check()),
-            worker.devices(),
-            lambda ranges, meter: self._local(worker, isolated, ranges, meter),
-            isolated.close,
-        )
-
-    def _came(self, started: Background) -> bool:
-        """Whether a worker is ready in time."""
-        until = time.monotonic() + self._deadline
-        while not started.wait(_POLL):
-            self._stop.check()
-            if time.monotonic() > until:
-                return False
-        return True
-
-    def _local(
-        self,
-        worker: Worker,
-        isolated: Isolated,
-        ranges: Mapping[int, Range],
-        meter: Meter,
-    ) -> Iterator[tuple[int, Result]]:
-        engine = Local(
-            worker,
-            isolated,
-            self._marks,
+        return engine.start(
+            kind,
+            self._job,
+            ray,
+            isolate=isolate,
             deadline=self._deadline,
             stop=self._stop,
-            advance=lambda count: self._advance(meter, count),
-        )
-        self._hung = lambda: engine.hung
-        return engine.results(ranges)
-
-    def _apart(self, isolated: Isolated) -> Opened:
-        said = isolated.describe(self._deadline)
-        self._marks.end(START)
-        return Opened(
-            said,
-            lambda: isolated.call("prove"),
-            isolated.call("devices"),
-            lambda ranges, meter: apart(ranges, isolated, self._deadline),
-            isolated.close,
+            marks=self._marks,
+            log=self._log,
         )
 
     def _advance(self, meter: Meter, count: int) -> None:
@@ -151,7 +69,7 @@ class Runner:
         if self._progress is not None:
             self._progress(meter.now())
 
-    def run(self, opened: Opened, most: float, new_run: bool) -> Summary:
+    def run(self, opened: Engine, most: float, new_run: bool) -> Summary:
         """Computes what is missing."""
         plan = Manifest(manifest.plain(opened.said))
         fresh = self._compare(plan, new_run)
@@ -177,7 +95,8 @@ class Runner:
         self._log.say(f"run {plan.run}: {len(missing)} of {plan.shards} shards to do")
         try:
             self._check_bad(meter.counts, plan.records, most)
-            for number, result in opened.results(ranges, meter):
+            advance = lambda count: self._advance(meter, count)
+            for number, result in opened.results(ranges, advance):
                 verdict = self._noted(plan, number, result, verdict)
                 meter.commit(shard.commit(self._out, number, plan.run, result))
                 self._marks.end(number)
@@ -296,7 +215,7 @@ class Runner:
     def _summary(
         self,
         plan: Manifest,
-        opened: Opened,
+        opened: Engine,
         meter: Meter,
         damaged: Sequence[int],
         state: str,
@@ -324,7 +243,7 @@ class Runner:
             seconds=round(meter.seconds(), 3),
             records_per_second=round(now.rate, 3),
             devices=tuple(opened.devices),
-            hung=self._hung(),
+            hung=opened.hung(),
         )
         self._log.say(f"{state}: {now}{'; ' if why else ''}{why}")
         found.write(self._out)
