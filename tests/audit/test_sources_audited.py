@@ -36,17 +36,10 @@ def folder(tmp_path_factory):
         (path / "folder" / name).write_bytes(held.getvalue())
     paths = {**about, "image": [f"folder/{name}" for name in names]}
     writers.npz(path / "bytes.npz", {**about, "image": pixels})
-    writers.compressed(path / "floats.npz", {**about, "image": floats})
     writers.csv_file(path / "paths.csv", paths)
     writers.csv_file(path / "arrays.csv", {**about, "image": floats})
-    writers.jsonl(path / "paths.jsonl", paths)
     writers.jsonl(path / "arrays.jsonl", {**about, "image": floats})
     writers.parquet(path / "files.parquet", {**about, "image": files})
-    # The same in colour: of equal parts, gray is what each of them is.
-    colour = np.repeat(pixels[..., None], 3, axis=-1)
-    for name, image in zip(names, colour, strict=True):
-        (path / "colour" / name).parent.mkdir(parents=True)
-        Image.fromarray(image).save(path / "colour" / name)
     return path
 
 
@@ -71,14 +64,11 @@ def known(folder, tmp_path_factory):
 @pytest.mark.parametrize(
     "name",
     [
-        "floats.npz",
         "paths.csv",
         "arrays.csv",
-        "paths.jsonl",
         "arrays.jsonl",
         "files.parquet",
         "folder",
-        "colour",
     ],
 )
 def test_the_embedded_model_reads_every_format(name, folder, known, tmp_path):

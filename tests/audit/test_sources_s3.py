@@ -1,9 +1,14 @@
 """The same records from an object store: a local S3 server, on loopback."""
 
+import collections
+import contextlib
 import os
 import pickle
+import re
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
-from tests.audit import corpus, writers
+from tests.audit import corpus, harness, writers
 from xviz_jax.audit.sources import BadRecord, Column, open_source
 from xviz_jax.audit.sources.place import place
 
@@ -33,6 +38,12 @@ def bucket(tmp_path_factory) -> Path:
     for part in range(3):
         (path / "parts").mkdir(exist_ok=True)
         writers.parquet(path / "parts" / f"{part}.parquet", writers.records(50 + part))
+    (path / "audit").mkdir()
+    x = np.random.default_rng(0).standard_normal((40, 8)).astype(np.float32)
+    for part in range(2):
+        rows = slice(20 * part, 20 * part + 20)
+        found = {"id": [f"r{n}" for n in range(40)][rows], "x": x[rows]}
+        writers.parquet(path / "audit" / f"{part}.parquet", found)
     writers.jsonl(path / "names.jsonl", {"image": ["images/a/x.png", *corpus.OUTSIDE]})
     (path.parent / "secret.png").write_bytes(writers.png((4, 5, 3)))
     return path
@@ -126,3 +137,70 @@ def test_an_address_of_google_is_understood():
     assert isinstance(found.system, fs.GcsFileSystem)
     assert (found.path, found.suffix) == ("bucket/folder/a.parquet", ".parquet")
     assert pickle.loads(pickle.dumps(found)) == found
+
+
+class Relay:
+    """Passes connections on to the server, and keeps what was asked."""
+
+    def __init__(self, port):
+        self.asked = bytearray()
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self._to = "127.0.0.1", port
+        self.port = self._server.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                here, _ = self._server.accept()
+                there = socket.create_connection(self._to)
+                for pair in ((here, there, self.asked), (there, here, bytearray())):
+                    threading.Thread(target=_pass, args=pair, daemon=True).start()
+
+    def requests(self):
+        """Since the last time: how often, by method and object."""
+        found = re.findall(rb"(GET|HEAD) /([^ ?]*)\S* HTTP/1.1\r\n", self.asked)
+        self.asked.clear()
+        return collections.Counter(f"{m.decode()} {path.decode()}" for m, path in found)
+
+    def close(self):
+        self._server.close()
+
+
+def _pass(one, other, kept):
+    with contextlib.suppress(OSError), one, other:
+        while data := one.recv(2**16):
+            kept += data
+            other.sendall(data)
+
+
+def test_an_audit_of_a_bucket_and_what_it_asks_for(bucket, server, tmp_path):
+    """`docs/scale.md` counts three requests to open a file, and one pass over ids."""
+    port = server.rpartition(":")[2]
+    relay = Relay(int(port))
+    address = f"s3://bucket/audit{server.replace(port, str(relay.port))}"
+
+    def asked():
+        """HEAD and GET of each of the two files, and of the folder."""
+        found = relay.requests()
+        for name in ("bucket/audit/0.parquet", "bucket/audit/1.parquet"):
+            yield found.pop(f"HEAD {name}"), found.pop(f"GET {name}")
+        yield sum(found.values())
+
+    open_source(address, id=None)
+    assert [*asked()] == [(1, 2), (1, 2), 3]
+    open_source(address)
+    # The ids: the size, the footer and one column.
+    opened = (1 + 1, 2 + 2)
+    assert [*asked()] == [opened, opened, 3]
+    given = {"shard_size": 10}
+    there = harness.run(tmp_path / "there", data=address, **given)
+    # A shard: the size, the footer and two columns; the first records once more.
+    assert [*asked()] == [(2 + 3 * 1, 4 + 3 * 3), (2 + 2 * 1, 4 + 2 * 3), 3]
+    # What is finished reads the first records, and no shard.
+    assert harness.run(tmp_path / "there", data=address, **given).computed == 0
+    assert [*asked()] == [(2 + 1, 4 + 3), opened, 3]
+    relay.close()
+    here = harness.run(tmp_path / "here", data=str(bucket / "audit"), **given)
+    assert (there.run, there.explained) == (here.run, 40)
+    assert harness.bits(tmp_path / "there") == harness.bits(tmp_path / "here")
