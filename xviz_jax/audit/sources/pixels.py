@@ -13,6 +13,7 @@ from xviz_jax.audit.sources.record import BadRecord, Limits
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # Samples of more than 8 bits, which a conversion to RGB would clip.
 _DEEP = ("I", "F")
+_RGB = (None, None, 3)
 
 
 def encoded(value: Any) -> bool:
@@ -69,10 +70,11 @@ def decode(
                 raise BadRecord(
                     "WRONG_DTYPE", f"mode {image.mode}, 8 bits a sample are wanted"
                 )
-            gray = shape is not None and (len(shape) == 2 or shape[2:] == (1,))
+            wanted = shape or _RGB
+            gray = len(wanted) == 2 or wanted[2:] == (1,)
             upright = ops.exif_transpose(image)
             found = np.array(upright.convert("L" if gray else "RGB"))
-            return found[..., None] if gray and len(shape) == 3 else found
+            return found[..., None] if gray and len(wanted) == 3 else found
     except BadRecord:
         raise
     except bombs as error:
