@@ -25,7 +25,7 @@ from xviz_jax.models import embedded
 
 ROOT = Path(__file__).parent.parent
 TITLE = "An audit that is killed"
-METHODS = "attention_rollout,attention_relevance"
+METHODS = "attention_rollout"
 
 
 def main() -> None:
