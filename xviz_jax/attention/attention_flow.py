@@ -41,7 +41,7 @@ def attention_flow(
       query: The position that is explained: 0 for a class token, -1 for the last
         token of a decoder. May be traced. Weights of rows, float `[length]`, `mean` or
         `pooled` as for `attention_rollout`: a position whose edges are the rows'
-        weighted mean. None for all of them, at as many times the cost.
+        weighted mean. None for all of them, padding's zero, at as many times the cost.
       heads: How heads are fused: `mean`, `max` or `min`. Rows that no longer sum to
         one are normalised after the residual is added.
       residual: Weight of the identity in each layer, from 0 (none) to 1.
@@ -84,11 +84,13 @@ def attention_flow(
             residual=float(residual),
             normalize=True,
         )
-        own = jnp.eye(widths.shape[-1], dtype=jnp.float32)
-        if query is not None:
-            own = rows.row_weights(rows.resolve(query, found, model, args), len(own))[
-                None
-            ]
+        length = widths.shape[-1]
+        if query is None:
+            # Nothing flows from a position that no query may attend.
+            own = jnp.diag(layers.attended(found).astype(jnp.float32))
+        else:
+            start = rows.resolve(query, found, model, args)
+            own = rows.row_weights(start, length)[None]
         flow, least = jax.lax.map(
             lambda one: max_flow.from_position(widths, one, chunk), own
         )

@@ -267,7 +267,8 @@ def product(
       normalize: As for `propagate`.
 
     Returns:
-      The matrix, float32 `[query, key]`.
+      The matrix, float32 `[query, key]`; rows of padding, which no query may attend,
+      are zero.
     """
 
     def through(below: jax.Array, layer: Layer) -> jax.Array:
@@ -285,7 +286,8 @@ def product(
             return through(below, Layer(layer.site, None, {**same, **own})), None
 
         found, _ = jax.lax.scan(turn, found, own)
-    return found
+    # A product, so that what is no number stays none.
+    return found * attended(layers).astype(jnp.float32)[:, None]
 
 
 def matrices(

@@ -45,7 +45,7 @@ def value_zeroing(
       query: The position that is explained: 0 for a class token, -1 for the last
         token of a decoder. May be traced. Weights of rows, float `[length]`, `mean` or
         `pooled` as for `attention_rollout`, for another forward pass. None for all
-        of them.
+        of them, padding's zero.
       layer: Scores of this layer alone, in the order they run; -1 is the last. None
         to multiply all.
       start_layer: The first layer taken along where they are multiplied.
@@ -81,7 +81,7 @@ def value_zeroing(
 
     def explain(*args: Any, target: Target = None, key: Any = None) -> Attribution:
         del key
-        logits, each = _matrices(model, args, distance, chunk, last)
+        logits, each, attended = _matrices(model, args, distance, chunk, last)
         depth, length, _ = each.shape
         number = start_layer if layer is None else layer
         least = 0 if layer is None else -depth
@@ -102,6 +102,9 @@ def value_zeroing(
         scores = own
         for matrix in taken[::-1]:
             scores = jnp.matmul(scores, matrix, precision="highest")
+        if query is None:
+            # A product, so that what is no number stays none.
+            scores = scores * attended.astype(jnp.float32)[:, None]
         return Attribution(
             scores=scores,
             output=attribution.explained(attribution.hold(target, logits), logits),
@@ -116,8 +119,8 @@ def value_zeroing(
 
 def _matrices(
     model: Callable, args: Sequence[Any], distance: Distance, chunk: int, last: Any
-) -> tuple[jax.Array, jax.Array]:
-    """The model's output, and normalised scores `[depth, query, key]`."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The output, normalised scores `[depth, query, key]`, and what is no padding."""
     program = trace(model, tuple(args), {})
     sites = layers.self_attention(program.sites)
     for site in sites:
@@ -150,15 +153,18 @@ def _matrices(
         site.name: {"probabilities": found[site.name]["probabilities"]}
         for site in sites
     }
-    attended = [
-        jnp.any(layer.values["probabilities"] > 0, axis=(-4, -3)).reshape(
+    ordered = layers.in_order(sites, maps)
+    # What is no number is not taken for unseen.
+    seen = [
+        jnp.any(layer.values["probabilities"] != 0, axis=(-4, -3)).reshape(
             layer.length, *columns.shape[:1], -1
         )
-        for layer in layers.in_order(sites, maps)
+        for layer in ordered
     ]
-    scores = jnp.where(jnp.concatenate(attended), jnp.moveaxis(columns, 0, -1), 0)
+    scores = jnp.where(jnp.concatenate(seen), jnp.moveaxis(columns, 0, -1), 0)
     total = jnp.sum(scores, axis=-1, keepdims=True)
-    return logits, scores / jnp.where(total == 0, 1, total)
+    normalised = scores / jnp.where(total == 0, 1, total)
+    return logits, normalised, layers.attended(ordered)
 
 
 def _change(
