@@ -5,7 +5,7 @@ attention rollout (Abnar and Zuidema, 2020, arXiv 2005.00928).
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -13,24 +13,31 @@ from xviz_jax import attribution
 from xviz_jax.attention import layers, rows
 from xviz_jax.attribution import Attribution, Target
 
+Convention = Literal["abnar2020", "vit_explain"]
+# The fraction of entries that are discarded.
+_CONVENTIONS: dict[str, float] = {"abnar2020": 0.0, "vit_explain": 0.9}
+
 
 def gradient_rollout(
     model: Callable,
     *,
     query: rows.Query = 0,
     residual: float = 0.5,
-    discard_ratio: float = 0.0,
+    discard_ratio: float | None = None,
     start_layer: int = 0,
+    convention: Convention = "abnar2020",
 ) -> Callable[..., Attribution]:
     """Follows what attention contributes to a class through every layer.
 
     Each layer's attention times its gradient is averaged over heads, its positive
     part is mixed with the identity, rows are divided by their sums, and the layers
-    are multiplied. The convention is that of vit-explain, but for what it discards.
-    Gradients are small beside the identity, which the model's scale
-    therefore weighs: `attention_relevance` is the published form. Never negative;
-    sums to one. Costs one forward and one backward pass and two passes over each
-    layer's map, made tile by tile. Computes in float32.
+    are multiplied. Gradients are small beside the identity, which the model's scale
+    therefore weighs: `attention_relevance` is the published form. Needs a target.
+    Never negative; sums to one. Costs one forward and one backward pass and two passes
+    over each layer's map. A map that the model makes anyway, of up to 2,048 positions,
+    is read inside the model with its heads fused, on the way backward: one float32
+    `[length, length]` is kept for each layer. Else it is made tile by tile: memory
+    grows with the length and not with its square. Computes in float32.
 
     Args:
       model: Maps one example to logits; any JAX function, with its attention found
@@ -43,8 +50,10 @@ def gradient_rollout(
       residual: Weight of the identity in each layer, from 0 (none) to 1. Without
         any, a row that has nothing positive stays zero.
       discard_ratio: The fraction of entries of each layer's fused map, its lowest,
-        that count as zero; 0.9 by default in the repository.
+        that count as zero. None for the convention's.
       start_layer: The first layer taken along; earlier ones are left out.
+      convention: Whose discarding is the default: `abnar2020`, of rollout's paper,
+        nothing; `vit_explain`, of the repository, 0.9. The residual of both is 0.5.
 
     Returns:
       `explain(*args, target=None, key=None) -> Attribution`, with one score for
@@ -61,16 +70,19 @@ def gradient_rollout(
     Source: the repository's description, without two faults of its code: rows, not
     columns, are divided by row sums, and each layer has its own gradient.
     """
+    if convention not in _CONVENTIONS:
+        raise ValueError(
+            f"`convention` is one of {list(_CONVENTIONS)}, got {convention!r}"
+        )
+    discarded = _CONVENTIONS[convention] if discard_ratio is None else discard_ratio
     if not 0 <= residual <= 1:
         raise ValueError(f"`residual` is a weight from 0 to 1, got {residual}")
-    if not 0 <= discard_ratio < 1:
-        raise ValueError(
-            f"`discard_ratio` is from 0 to less than 1, got {discard_ratio}"
-        )
+    if not 0 <= discarded < 1:
+        raise ValueError(f"`discard_ratio` is from 0 to less than 1, got {discarded}")
     fusion = rows.Fusion(
         relevance="gradient_x_attention",
         rectify=True,
-        discard_ratio=float(discard_ratio),
+        discard_ratio=float(discarded),
     )
 
     def explain(*args: Any, target: Target = None, key: Any = None) -> Attribution:
