@@ -15,10 +15,11 @@ def attcat(model: Callable, *, start_layer: int = 0) -> Callable[..., Attributio
     """Input times gradient of every layer's tokens, weighed by who attends to them.
 
     What a token holds for or against a class, in each layer, times the attention it
-    gets there on average over heads and queries; summed over layers. Signed, unlike
-    what is made of attention alone. Conserves nothing. Costs one forward and one
-    backward pass and a pass over each layer's map, which is made tile by tile.
-    Computes in float32.
+    gets there on average over heads and queries; summed over layers. Needs a target.
+    Signed, unlike what is made of attention alone. Conserves nothing. Costs one
+    forward and one backward pass and a pass over each layer's map, which is made tile
+    by tile, and holds every layer's stream and its gradient: memory grows with the
+    length and not with its square. Computes in float32.
 
     Args:
       model: Maps one example to logits; any JAX function, with its attention and

@@ -18,9 +18,11 @@ def attention_grad_cam(
 
     Heads are to attention what channels are to a convolution: each counts by its
     gradient, averaged over the keys that the explained position sees, and what speaks
-    against the class is set to zero. Knows of one layer only. Never negative.
-    Conserves nothing. Costs one forward and one backward pass and one row of the
-    map. Computes in float32.
+    against the class is set to zero. Knows of one layer only. Needs a target. Never
+    negative. Conserves nothing. Costs one forward and one backward pass and one row
+    of the map, made from queries and keys; its mean gradient is made from values and
+    the gradient at the attention's output: memory grows with the length and not with
+    its square. Computes in float32.
 
     Args:
       model: Maps one example to logits; any JAX function, with its attention found

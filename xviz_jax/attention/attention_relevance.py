@@ -29,9 +29,11 @@ def attention_relevance(
     target. Never negative; conserves nothing. This is the paper's own convention:
     the identity and all of attention, rows never normalised but for cross-attention.
     Costs one forward and one backward pass and, for one row, a pass over each layer's
-    map, which is made from queries, keys, values and the gradient at the attention's
-    output, tile by tile: memory grows with the length and not with its square.
-    Computes in float32.
+    map. A map that the model makes anyway, of up to 2,048 positions, is read inside the
+    model with its heads fused, on the way backward: one float32 `[length, length]` is
+    kept for each layer. Else it is made from queries, keys, values and the gradient at
+    the attention's output, tile by tile: memory grows with the length and not with its
+    square. Computes in float32.
 
     With cross-attention, as of an encoder and a decoder or of a text and an image, one
     relevance is kept for each pair of sequences. Here all maps are held, and memory

@@ -35,8 +35,10 @@ def attention_rollout(
 
     Each layer's heads are fused, mixed with the identity for the residual
     connection, and the layers are multiplied. Class-blind: it tells where the
-    position looked, not what for, and is the same for every target. Costs one
-    forward pass and, for one row, a pass over each layer's map. Long maps are made
+    position looked, not what for, and is the same for every target. What the position
+    keeps of itself may hide it: of a compiled program that reverses its input, the top
+    token is the explained position, and the right one only with `exclude_self`. Costs
+    one forward pass and, for one row, a pass over each layer's map. Long maps are made
     again from queries and keys, tile by tile, so that memory grows with the length
     and not with its square, whatever the model's own attention does. Computes in
     float32.
@@ -48,8 +50,8 @@ def attention_rollout(
         token of a decoder. May be traced. `pooled` for the rows that the
         output reads, found by tracing, with their weights, for another forward pass;
         `mean` for all rows, averaged, padding's left out; or weights of rows, float
-        `[length]`. None for all of them, in memory that grows
-        with the square of the length.
+        `[length]`. None for all of them, padding's zero, in memory that grows with the
+        square of the length.
       heads: How heads are fused: `mean`, `max`, `min`, or weights of heads, float
         `[heads]`. Rows that no longer sum to one are normalised after the residual is
         added.
@@ -72,7 +74,8 @@ def attention_rollout(
       each position, non-negative, `[length]` or, of all queries, `[length, length]`;
       and these diagnostics, of each query:
 
-      - `mass`: sum of the scores, 1 but for rounding, unless the residual is `add`;
+      - `mass`: sum of the scores, 1 but for rounding, unless the residual is `add` or
+        the row is padding's;
       - `self_share`: the score of the explained position itself, before it is
         excluded, which the residual makes large; of several, by their weights.
 

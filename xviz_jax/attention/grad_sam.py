@@ -17,8 +17,9 @@ def grad_sam(model: Callable, *, start_layer: int = 0) -> Callable[..., Attribut
     Each layer's attention is weighed by the positive part of its gradient and
     averaged over layers, heads and queries. No position is followed through the
     layers, so that none needs to be named: a choice for models without a class
-    token. Never negative. Conserves nothing. Costs one forward and one backward pass
-    and a pass over each layer's map, which is made tile by tile. Computes in float32.
+    token. Needs a target. Never negative. Conserves nothing. Costs one forward and
+    one backward pass and a pass over each layer's map, which is made tile by tile:
+    memory grows with the length and not with its square. Computes in float32.
 
     Args:
       model: Maps one example to logits; any JAX function, with its attention found

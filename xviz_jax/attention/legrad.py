@@ -27,7 +27,8 @@ def legrad(
     multiplied in, and counts only where it is not zero. Needs a target. Never
     negative. Conserves nothing. Costs one forward and one backward pass, the rest of
     the model once more for each layer, and a product of queries by keys in each, made
-    tile by tile. Computes in float32.
+    tile by tile: memory grows with the length and not with its square. Computes in
+    float32.
 
     Args:
       model: Maps one example to logits; any JAX function, with its attention and
