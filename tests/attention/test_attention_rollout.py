@@ -1,11 +1,14 @@
 """Rollout against hand-worked maps and an independent float64 product."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import xviz_jax as xv
+from tests.comparison import compiled
 from tests.contract.quick import quick_compilation as quick_compilation
 from tests.contract.table import LENGTH, example, parameters, transformer
 from xviz_jax import tracing
@@ -94,6 +97,34 @@ def test_two_layers_by_hand():
 
     attribution = xv.attention_rollout(two_layers)(jnp.ones((2, 3)))
     np.testing.assert_allclose(attribution.scores, [23 / 32, 9 / 32], rtol=1e-6)
+
+
+def test_of_a_program_that_reverses_it_tops_the_position_itself():
+    """Compiled, with exact Shapley values: one token decides, and rollout misses it.
+
+    All that a rollout promises holds even so; the explained position's own share, of
+    the residual, hides what it read.
+    """
+    program = compiled.load("reverse")
+    forward = partial(compiled.forward, program.weights)
+    # The middle one reads itself.
+    places = np.array([0, 1, 3, 4])
+
+    def both(tokens, place):
+        # The token that begins every input comes before.
+        make = partial(xv.attention_rollout, forward, query=place + 1)
+        plain, other = (make(exclude_self=excluded) for excluded in (False, True))
+        return plain(tokens, place), other(tokens, place)
+
+    every = jax.jit(jax.vmap(jax.vmap(both, (None, 0)), (0, None)))
+    plain, other = every(jnp.asarray(program.tokens), jnp.asarray(places))
+    truth = program.shapley[:, places].argmax(axis=-1)
+    assert (truth == compiled.LENGTH - 1 - places).all()
+    assert (plain.scores >= 0).all()
+    np.testing.assert_allclose(plain.diagnostics["mass"], 1, rtol=1e-5)
+    top = lambda found: np.asarray(found.scores)[..., 1:].argmax(axis=-1)
+    assert (top(plain) == places).all()
+    assert (top(other) == truth).all()
 
 
 @pytest.mark.usefixtures("way")

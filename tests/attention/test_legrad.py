@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 import xviz_jax as xv
-from tests.attention.test_methods import CLASSES, NETWORKS, WIDTH, Network, relu
+from tests.attention.test_methods import (
+    CLASSES,
+    NETWORKS,
+    SHAPES,
+    WIDTH,
+    Network,
+    relu,
+)
 from tests.contract.quick import quick_compilation as quick_compilation
 
 
@@ -36,7 +43,7 @@ def formula(network, target, start=0):
     return counted.mean(axis=(1, 2))[start:].sum(axis=0)
 
 
-@pytest.mark.parametrize("name", [*NETWORKS][2:])
+@pytest.mark.parametrize("name", SHAPES)
 def test_formulae(name):
     network = NETWORKS[name]
     x = jnp.float32(network.input())
@@ -50,7 +57,8 @@ def test_formulae(name):
         # An earlier layer's gradient through the later ones is another one.
         maps, through, *_ = network.truth(1)
         through = np.where(maps > 0, relu(through), 0)[:, :, : network.length]
-        assert np.abs(through.mean(axis=(1, 2)).sum(axis=0) - expected).max() > 0.01
+        other = through.mean(axis=(1, 2)).sum(axis=0)
+        assert np.abs(other - expected).max() > 0.05 * scale
 
 
 def test_the_predicted_class_is_the_models_own():

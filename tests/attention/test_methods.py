@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 from functools import partial
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 
 import xviz_jax as xv
 from tests.contract.quick import quick_compilation as quick_compilation
+from xviz_jax.attention import layers
 from xviz_jax.explain import methods
 
 WIDTH, CLASSES = 8, 3
@@ -18,7 +20,11 @@ WIDTH, CLASSES = 8, 3
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A transformer; `scan` runs its layers in a loop, `pad` masks its last tokens."""
+    """A transformer; `scan` runs its layers in a loop, `pad` masks its last tokens.
+
+    Of a `window`, queries see so many keys to the left and to the right. An `opaque`
+    one adds nothing to its maps, but then queries and keys do not tell them.
+    """
 
     depth: int = 2
     heads: int = 4
@@ -28,6 +34,8 @@ class Network:
     scan: bool = False
     pad: int = 0
     post: bool = False
+    window: tuple[int, int] | None = None
+    opaque: bool = False
 
     def weights(self):
         draw = lambda seed, *shape: (
@@ -48,12 +56,17 @@ class Network:
         return np.concatenate([x, np.ones((pad or self.pad, WIDTH))])
 
     def allowed(self, length):
+        if self.window is not None:
+            # Made of positions, so that tracing proves it.
+            ahead = jnp.arange(length)[None] - jnp.arange(length)[:, None]
+            left, right = self.window
+            return (ahead >= -left) & (ahead <= right)
         seen = np.ones((length, length), bool)
         if self.causal:
             seen = np.tril(seen)
         return seen & (np.arange(length) < self.length)
 
-    def block(self, x, weights, added=0.0, mark=lambda kind, x: x):
+    def block(self, x, weights, added=None):
         """Also the map; `added` moves it."""
         length = len(x)
         split = lambda name, heads: (x @ weights[name]).reshape(length, heads, -1)
@@ -65,7 +78,10 @@ class Network:
         scores = jnp.einsum("qhd,khd->hqk", split("query", self.heads), key)
         scores = jnp.where(self.allowed(length), scores / 1.5, -jnp.inf)
         maps = jax.nn.softmax(scores)
-        mixed = jnp.einsum("hqk,khd->qhd", maps + added, value).reshape(length, -1)
+        if added is None and self.opaque:
+            added = 0.0
+        moved = maps if added is None else maps + added
+        mixed = jnp.einsum("hqk,khd->qhd", moved, value).reshape(length, -1)
         x = x + mixed @ weights["out"]
         if self.post:
             x = x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True))
@@ -116,8 +132,14 @@ NETWORKS = {
     "grouped, scanned": Network(depth=3, groups=2, length=9, scan=True),
     "causal, four layers": Network(depth=4, groups=1, length=5, causal=True),
     "padded": Network(pad=3, scan=True),
-    "normalised after": Network(depth=3, post=True),
+    "normalised after": Network(depth=3, post=True, opaque=True),
+    "windowed": Network(groups=2, length=9, window=(1, 2)),
 }
+# Two layers are taken tile by tile, further down.
+SHAPES = [name for name in NETWORKS if name != "two layers"]
+
+
+near = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
 
 
 def relu(x):
@@ -131,6 +153,13 @@ def rollout(matrices, query, residual):
         total = step.sum(axis=-1, keepdims=True)
         product = step / np.where(total == 0, 1, total) @ product
     return product[query]
+
+
+def added(matrices):
+    product = np.eye(matrices.shape[-1])
+    for matrix in matrices:
+        product = (np.eye(len(matrix)) + matrix) @ product
+    return product
 
 
 def cam(network, layer, maps, slopes):
@@ -163,6 +192,10 @@ METHODS = {
             relu((maps * slopes).mean(axis=1)), n.query, 0.01
         ),
     ),
+    "attention_relevance": (
+        lambda m, n: xv.attention_relevance(m, query=n.query),
+        lambda n, maps, slopes, *_: added(relu(maps * slopes).mean(axis=1))[n.query],
+    ),
     "attention_grad_cam": (
         lambda m, n: xv.attention_grad_cam(m, query=n.query),
         lambda n, maps, slopes, *_: cam(n, -1, maps, slopes),
@@ -186,17 +219,45 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", [*NETWORKS][2:])
-@pytest.mark.parametrize("method", METHODS)
-def test_formulae(method, name):
-    network, (make, formula) = NETWORKS[name], METHODS[method]
+def test_networks_are_what_they_are_for():
+    """Windows are told by the site, not by a mask, and maps by queries and keys."""
+    for network in NETWORKS.values():
+        x, scalar = jnp.float32(network.input()), lambda logits: logits[0]
+        run = lambda x, n=network, s=scalar: layers.capture(n, (x,), s)[1]
+        read = jax.eval_shape(lambda x, run=run: [one.values for one in run(x)], x)
+        for site in xv.tracing.sites(network, x):
+            if site.kind == "attention":
+                assert site.window == network.window
+                assert bool(site.causal) == network.causal
+        for values in read:
+            assert ("probabilities" in values) == network.opaque
+            masked = not (network.causal or network.window)
+            assert ("remaining_mask" in values) == masked
+
+
+def explained(network, target):
+    """By every method, as one program."""
+    every = lambda x: {
+        method: make(network, network)(x, target=target)
+        for method, (make, _) in METHODS.items()
+    }
+    return jax.jit(every)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_formulae(name):
+    network = NETWORKS[name]
     x = jnp.float32(network.input())
-    found = jax.jit(partial(make(network, network), target=1))(x)
-    expected = formula(network, *network.truth(1))
-    scale = np.abs(expected).max()
-    np.testing.assert_allclose(found.scores, expected, atol=2e-5 * scale, rtol=2e-5)
-    np.testing.assert_allclose(found.output, network(x)[1], rtol=1e-5)
-    assert not np.asarray(found.scores)[network.length :].any()
+    logits, truth = network(x), network.truth(1)
+    for method, found in explained(network, 1)(x).items():
+        _, formula = METHODS[method]
+        expected = formula(network, *truth)
+        atol = 2e-5 * np.abs(expected).max()
+        np.testing.assert_allclose(
+            found.scores, expected, atol=atol, rtol=2e-5, err_msg=method
+        )
+        np.testing.assert_allclose(found.output, logits[1], rtol=1e-5)
+        assert not np.asarray(found.scores)[network.length :].any(), method
 
 
 def fused(maps, heads: str | np.ndarray = "mean", discard=0.0):
@@ -207,13 +268,6 @@ def fused(maps, heads: str | np.ndarray = "mean", discard=0.0):
     lowest = int(discard * maps[0].size)
     cuts = np.sort(maps.reshape(len(maps), -1), axis=-1)[:, lowest]
     return np.where(maps < cuts[:, None, None], 0, maps)
-
-
-def added(matrices):
-    product = np.eye(matrices.shape[-1])
-    for matrix in matrices:
-        product = (np.eye(len(matrix)) + matrix) @ product
-    return product
 
 
 WEIGHTS = np.array([0.1, 0.4, 0.0, 0.3])
@@ -252,6 +306,7 @@ def test_rollouts_by_convention(option, name, small, monkeypatch):
     network, (options, formula) = NETWORKS[name], ROLLOUTS[option]
     x = jnp.float32(network.input())
     expected = formula(network.truth(0)[0])
+    expected[network.length :] = 0
     every = jax.jit(xv.attention_rollout(network, query=None, **options))(x)
     one = jax.jit(xv.attention_rollout(network, query=network.query, **options))(x)
     np.testing.assert_allclose(every.scores, expected, rtol=1e-4, atol=1e-6)
@@ -261,6 +316,7 @@ def test_rollouts_by_convention(option, name, small, monkeypatch):
     np.testing.assert_allclose(
         every.diagnostics["self_share"], np.diag(expected), rtol=1e-4, atol=1e-6
     )
+    assert not np.asarray(every.scores)[network.length :].any()
     if network.causal:
         assert not np.triu(every.scores, 1).any()
 
@@ -274,10 +330,23 @@ def test_gradient_rollout_discards(small, monkeypatch):
     maps, slopes, *_ = network.truth(1)
     kept = relu(fused(maps * slopes, discard=0.9))
     assert 0 < (kept > 0).mean() < 0.5 * (maps * slopes > 0).mean()
-    explain = xv.gradient_rollout(network, residual=0.01, discard_ratio=0.9)
-    found = explain(jnp.float32(network.input()), target=1)
+    ways = [
+        {"residual": 0.01, "discard_ratio": 0.9},
+        {"residual": 0.01, "convention": "vit_explain"},
+        {"convention": "vit_explain"},
+    ]
+
+    @jax.jit
+    def every(x):
+        of = lambda options: xv.gradient_rollout(network, **options)(x, target=1)
+        return [of(options).scores for options in ways]
+
+    given, named, plain = every(jnp.float32(network.input()))
     expected = rollout(kept, network.query, 0.01)
-    np.testing.assert_allclose(found.scores, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(given, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(named, given)
+    expected = rollout(kept, network.query, 0.5)
+    np.testing.assert_allclose(plain, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_self_is_excluded():
@@ -298,16 +367,16 @@ def test_self_is_excluded():
         )
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_padding_changes_nothing(method):
-    make, _ = METHODS[method]
+def test_padding_changes_nothing():
     network = NETWORKS["padded"]
-    explain = make(network, network)
-    few, many = (explain(jnp.float32(network.input(pad)), target=1) for pad in (1, 6))
-    length = network.length
-    np.testing.assert_allclose(
-        few.scores[:length], many.scores[:length], rtol=2e-5, atol=1e-7
-    )
+    run = explained(network, 1)
+    few, many = (run(jnp.float32(network.input(pad))) for pad in (1, 6))
+    own = slice(network.length)
+    for method, found in few.items():
+        other = many[method].scores[own]
+        np.testing.assert_allclose(
+            found.scores[own], other, rtol=2e-5, atol=1e-7, err_msg=method
+        )
 
 
 EVERY = [name for name in dir(xv.attention) if name in methods()]
@@ -315,30 +384,45 @@ EVERY = [name for name in dir(xv.attention) if name in methods()]
 
 @pytest.mark.parametrize("method", EVERY)
 def test_padding_has_nothing(method):
-    """Tokens that no query may attend score exactly zero, and so do their rows."""
+    """Tokens that no query may attend score exactly zero, and so do their rows.
+
+    But what is no number is not taken for padding.
+    """
     network = NETWORKS["padded"]
-    x = jnp.float32(network.input())
-    makes = [getattr(xv, method)]
-    if "query" in inspect.signature(makes[0]).parameters:
-        makes.append(partial(makes[0], query="mean"))
-    for make in makes:
-        explain = make(network)
-        every = jax.vmap(lambda target, explain=explain: explain(x, target=target))
-        found = np.asarray(jax.jit(every)(jnp.arange(CLASSES)).scores)
-        assert not found[:, network.length :].any()
-        assert found[:, : network.length].any()
+    x, real = jnp.float32(network.input()), network.length
+    make, options = getattr(xv, method), [{}]
+    if "query" in (known := inspect.signature(make).parameters):
+        options.append({"query": "mean"})
+        if type(None) in get_args(known["query"].annotation):
+            options.append({"query": None})
+
+    @jax.jit
+    def every(x):
+        of = lambda target: [make(network, **o)(x, target=target) for o in options]
+        return [each.scores for each in jax.vmap(of)(jnp.arange(CLASSES))]
+
+    for option, found in zip(options, map(np.asarray, every(x)), strict=True):
+        assert not found[:, real:].any()
+        assert found[:, :real].any()
+        if option == {"query": None}:
+            assert not found[:, :, real:].any()
+            assert found[:, :real].any(axis=2).all()
+    for found in every(x.at[0].set(jnp.nan)):
+        assert np.isnan(found[:, :real]).all()
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_tiles_are_the_map(method, monkeypatch):
+def test_tiles_are_the_map(monkeypatch):
     """Long maps are made again from queries and keys, and never read whole."""
-    make, formula = METHODS[method]
     network = NETWORKS["two layers"]
     for limit in ("_SMALL_MAP", "_FUSED_MAP"):
         monkeypatch.setattr(xv.attention.layers, limit, 0)
-    found = make(network, network)(jnp.float32(network.input()), target=2)
-    expected = formula(network, *network.truth(2))
-    np.testing.assert_allclose(found.scores, expected, rtol=1e-4, atol=1e-6)
+    every = explained(network, 2)(jnp.float32(network.input()))
+    truth = network.truth(2)
+    for method, found in every.items():
+        expected = METHODS[method][1](network, *truth)
+        np.testing.assert_allclose(
+            found.scores, expected, rtol=1e-4, atol=1e-6, err_msg=method
+        )
 
 
 def statistics(network, maps, pad):
@@ -401,35 +485,103 @@ def test_statistics_refuse():
         xv.attention_statistics(network, pad=lambda x: x)(x)
 
 
+BY_HAND = {
+    "raw_attention": {},
+    "raw_attention, first": {"layer": 0},
+    "grad_sam": {},
+    "attention_grad_cam": {},
+    "attention_grad_cam, first": {"layer": 0, "query": 1},
+    "attcat": {},
+    "gradient_rollout": {},
+    "attention_relevance": {},
+    "attention_statistics": {"top_k": 1},
+}
+
+
+def two_layers(x):
+    first = jnp.log(jnp.array([[3.0, 1.0], [1.0, 1.0]]))
+    second = jnp.array([[0.0, np.log(3)], [-1e9, 0.0]])
+    for bias, factor in ((first, -1.0), (second, -2.0)):
+        scores = (0.0 * x) @ x.T + bias
+        x = x + jax.nn.softmax(scores) @ (x * factor)
+    return x[0]
+
+
+@pytest.fixture(scope="module")
+def found():
+    def every(x):
+        of = lambda name: getattr(xv, name.partition(",")[0])
+        return {
+            name: of(name)(two_layers, **options)(x, target=0)
+            for name, options in BY_HAND.items()
+        }
+
+    return jax.jit(every)(jnp.array([[2.0], [-4.0]]))
+
+
 class TestByHand:
-    """Two positions, one head, uniform attention, values 1 and -3, mean output."""
+    """Two layers of one head over the tokens 2 and -4, of which the first is read.
 
-    def one_layer(self, x):
-        value = jnp.array([[1.0], [-3.0]])
-        return (x + jax.nn.softmax((0.0 * x) @ x.T) @ value)[0]
+    Maps A = [[3/4, 1/4], [1/2, 1/2]], then B = [[1/4, 3/4], [0, 1]]. The values of A
+    are [-2, 4], and it adds [-1/2, 1]; the tokens are then [3/2, -3], and the values
+    of B twice that, negative, [-3, 6]. The output is 3/2 - 3/4 + 9/2 = 21/4.
 
-    def of(self, method, **options):
-        return method(self.one_layer, **options)(jnp.ones((2, 1)), target=0).scores
+    Its gradient at B is [-3, 6] in the first row. At the tokens between it is
+    [1 - 2/4, -3/2], and so at A [[-1, 2], [3, -6]]. Times the maps: of A
+    [[-3/4, 1/2], [3/2, -3]], and of B [-3/4, 9/2].
+    """
 
-    def test_raw_attention(self):
-        assert self.of(xv.raw_attention).tolist() == [0.5, 0.5]
+    def test_output(self, found):
+        for each in found.values():
+            np.testing.assert_allclose(each.output, 21 / 4, rtol=1e-6)
 
-    def test_grad_sam(self):
-        """Of the first row [1, -3] counts 1 * 1/2, of the second nothing: mean 1/4."""
-        np.testing.assert_allclose(self.of(xv.grad_sam), [0.25, 0.0], atol=1e-6)
+    def test_raw_attention(self, found):
+        near(found["raw_attention"].scores, [1 / 4, 3 / 4])
+        near(found["raw_attention, first"].scores, [3 / 4, 1 / 4])
 
-    def test_attention_grad_cam(self):
-        """The head's mean gradient is -1, and speaks against the class."""
-        assert not self.of(xv.attention_grad_cam).any()
+    def test_grad_sam(self, found):
+        """Columns of positive parts over 2 queries: [3/4, 1/4] and [0, 9/4]."""
+        near(found["grad_sam"].scores, [3 / 8, 5 / 4])
 
-    def test_attcat(self):
-        """The gradient at the stream is [1, 0], and each is attended by 1/2."""
-        np.testing.assert_allclose(self.of(xv.attcat), [0.5, 0.0], atol=1e-6)
+    def test_attention_grad_cam(self, found):
+        """Mean gradients are 3/2 in the first row of B, -3/2 in the second of A."""
+        near(found["attention_grad_cam"].scores, [3 / 8, 9 / 8])
+        assert not found["attention_grad_cam, first"].scores.any()
 
-    def test_gradient_rollout(self):
-        """Positive parts [1/2, 0], and the identity: [1.5, 0] over its sum."""
-        found = self.of(xv.gradient_rollout)
-        np.testing.assert_allclose(found, [1.0, 0.0], atol=1e-6)
+    def test_attcat(self, found):
+        """Columns of maps, on average [5/8, 3/8] and [1/8, 7/8].
+
+        The gradient at the tokens below is [1/2, -3/2] less that through A,
+        [3/8 - 3/4, 1/8 - 3/4]: [7/8, -7/8]. Times the tokens: [7/4, 7/2], [3/4, 9/2].
+        """
+        near(found["attcat"].scores, [35 / 32 + 3 / 32, 21 / 16 + 63 / 16])
+
+    def test_gradient_rollout(self, found):
+        """Rows over their sums: [[2/3, 1/3], [3/5, 2/5]], and of B [2/11, 9/11]."""
+        near(found["gradient_rollout"].scores, [101 / 165, 64 / 165])
+
+    def test_attention_relevance(self, found):
+        """[1, 9/2] times [[1, 1/2], [3/2, 1]]."""
+        near(found["attention_relevance"].scores, [31 / 4, 5])
+
+    def test_attention_statistics(self, found):
+        near(found["attention_statistics"].scores, [3 / 8, 5 / 8])
+        narrow = np.log(4) - 3 / 4 * np.log(3)
+        expected = {
+            "entropy": [[(narrow + np.log(2)) / 2], [narrow / 2]],
+            "distance": [[3 / 8], [3 / 8]],
+            "self_share": [[5 / 8], [5 / 8]],
+            "first_share": [[5 / 8], [1 / 8]],
+            "pad_leak": [[0], [0]],
+            "top_weights": [[[[3 / 4], [1 / 2]]], [[[3 / 4], [1]]]],
+            "head_agreement": [1, 1],
+        }
+        statistics = dict(found["attention_statistics"].diagnostics)
+        top = np.asarray(statistics.pop("top_keys"))
+        assert (top[0, 0, 0], *top[1, 0, :, 0]) == (0, 1, 1)
+        assert set(statistics) == set(expected)
+        for name, wanted in expected.items():
+            near(statistics[name], wanted, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -464,6 +616,8 @@ def test_wrong_options():
         xv.gradient_rollout(Network(), discard_ratio=1)
     with pytest.raises(ValueError, match="from 0 to 1, got 2"):
         xv.gradient_rollout(Network(), residual=2)
+    with pytest.raises(ValueError, match="got 'chefer2021'"):
+        xv.gradient_rollout(Network(), convention="chefer2021")  # pyright: ignore
     with pytest.raises(ValueError, match="got 'median'"):
         xv.raw_attention(Network(), heads="median")  # pyright: ignore
 

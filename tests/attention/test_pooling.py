@@ -104,10 +104,18 @@ def test_other_poolings_are_refused(pool, said):
         jax.eval_shape(explain, jnp.float32(NETWORK.input()), SEEN)
 
 
-METHODS = ["attention_rollout", "attention_relevance", "gradient_rollout"]
+METHODS = [
+    "attention_rollout",
+    "attention_relevance",
+    "gradient_rollout",
+    "raw_attention",
+    "attention_grad_cam",
+    "attention_flow",
+    "value_zeroing",
+]
 
 
-@pytest.mark.parametrize("name", [*METHODS, "raw_attention", "attention_grad_cam"])
+@pytest.mark.parametrize("name", METHODS)
 def test_methods_explain_the_rows_that_are_read(name):
     model = pooled(masked)
     x, seen = jnp.float32(NETWORK.input()), jnp.asarray(SEEN)

@@ -207,6 +207,13 @@ METHODS = [
     attention("legrad", xv.legrad),
     attention("value_zeroing", xv.value_zeroing, class_blind=True),
     attention("attention_statistics", xv.attention_statistics, class_blind=True),
+    attention(
+        "special_tokens",
+        lambda model: xv.special_tokens(
+            xv.attention_rollout(model), special=jnp.arange(LENGTH) == 0
+        ),
+        class_blind=True,
+    ),
 ]
 
 

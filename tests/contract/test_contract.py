@@ -7,7 +7,9 @@ that is about shapes, or about what is refused, is traced and not compiled.
 
 import collections
 import functools
+import re
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,7 @@ from tests.contract.table import (
     parameters,
     transformer,
 )
+from xviz_jax.methods import methods
 
 WEIGHTS = parameters()
 ROWS = 4
@@ -109,6 +112,16 @@ def many(name: str):
 
 def by_name(name: str) -> Method:
     return next(method for method in METHODS if method.name == name)
+
+
+def test_every_public_method_is_here_and_in_the_readme():
+    """Those that names are taken from, and those that take another's explanation."""
+    named = {method.name.partition("-")[0] for method in METHODS}
+    assert named == {*methods(), "smooth", "special_tokens"}
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    _, _, table = readme.partition("## Which method?")
+    table, _, _ = table.partition("\n- ")
+    assert {*re.findall(r"^\| `(\w+)` \|", table, re.M)} == {*methods(), "smooth"}
 
 
 @every_method
