@@ -95,7 +95,7 @@ class Network:
         else:
             for layer in range(self.depth):
                 x, _ = self.block(x, jax.tree.map(lambda w, n=layer: w[n], weights))
-        return x[0 if not self.causal else -1] @ head
+        return x[self.query] @ head
 
     def truth(self, target, pad=None):
         """Maps, their gradients, streams and their gradients, in float64."""
@@ -113,7 +113,7 @@ class Network:
                     own = jax.tree.map(lambda w, n=layer: w[n], weights)
                     h, seen = self.block(h, own, added[layer])
                     maps.append(seen)
-                logits = h[0 if not self.causal else -1] @ head
+                logits = h[self.query] @ head
                 return logits[target], (jnp.stack(maps), jnp.stack(streams))
 
             zeros = jnp.zeros(shape), jnp.zeros((self.depth, length, WIDTH))
@@ -123,6 +123,9 @@ class Network:
 
     @property
     def query(self):
+        """Which position is read; of a window, one that both its sides cut off."""
+        if self.window is not None:
+            return self.length // 2
         return -1 if self.causal else 0
 
 
