@@ -64,6 +64,18 @@ def test_router_in_a_scan_has_a_loop_axis():
     assert site.shape[0] == 3 and len(site.shape) == 5
 
 
+def test_a_sequence_that_attends_itself_as_it_came_is_no_router():
+    """Keys are the bare input, and values are made of it."""
+    w = jnp.ones((4, 4))
+
+    def model(x):
+        maps = jax.nn.softmax((x @ w) @ x.T)
+        return (maps @ (x @ w)) @ w
+
+    (site,) = tracing.sites(model, jnp.ones((5, 4)))
+    assert site.kind == "attention"
+
+
 UNKNOWN = [(n, b) for n, b, k in zoo_negative.CASES if "unknown" in k]
 
 

@@ -218,26 +218,52 @@ def _is_vector_query(graph: Graph, product: Product) -> bool:
 def _is_expert_choice(graph: Graph, product: Product, combine: Combine) -> bool:
     """Keys are bare parameters while values are computed: gates of experts."""
     side = product.sides[1 - product.query_side]
-    bare = not side.batch and is_raw(graph, product.key)
-    return bare and not is_raw(graph, combine.value)
+    bare = None if side.batch else _bare(graph, product.key)
+    if bare is None or is_raw(graph, combine.value):
+        return False
+    # Values made of the keys are a sequence's, which attends itself as it came.
+    return not _is_made_of(graph, combine.value, bare)
 
 
 def is_raw(graph: Graph, atom: Atom) -> bool:
     """Whether a value is an input or constant, but for its shape and dtype."""
+    return _bare(graph, atom) is not None
+
+
+def _bare(graph: Graph, atom: Atom) -> Atom | None:
+    """The input or constant that a value is, but for its shape and dtype."""
     for _ in range(_LONGEST_WALK):
         if isinstance(atom, Literal):
-            return True
+            return atom
         node = graph.source(atom)
         if node is None:
             if atom in graph.outer:
                 atom = graph.outer[atom]
                 continue
-            return atom in graph.constants or atom in graph.root.ins
+            return atom if atom in graph.constants or atom in graph.root.ins else None
         scaled = node.primitive in ("mul", "div") and isinstance(node.ins[1], Literal)
         shaping = (*axis_maps.SHAPING, *_CASTS)
         if node.kind != "leaf" or (node.primitive not in shaping and not scaled):
-            return False
+            return None
         atom = node.ins[0]
+    return None
+
+
+def _is_made_of(graph: Graph, atom: Atom, origin: Atom) -> bool:
+    """Whether a value depends on an input, within one turn of the loops around it."""
+    waiting, seen = [atom], set()
+    while waiting:
+        atom = waiting.pop()
+        if isinstance(atom, Literal) or atom in seen:
+            continue
+        seen.add(atom)
+        if atom == origin:
+            return True
+        node = graph.source(atom)
+        if node is not None:
+            waiting += node.ins
+        elif atom in graph.outer:
+            waiting.append(graph.outer[atom])
     return False
 
 
