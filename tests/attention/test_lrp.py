@@ -1,5 +1,7 @@
 """Relevance by edited gradients, against rules written out and against conservation."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,13 @@ import pytest
 from flax import nnx
 
 import xviz_jax as xv
+from tests.attention.rules import Part, Rules
+from tests.attention.test_co_attention import HEAD as CROSS_HEAD
+from tests.attention.test_co_attention import EncoderDecoder
 from tests.contract.quick import quick_compilation as quick_compilation
 from xviz_jax.attention.relevance_rules import propagating
 
-WIDTH, HEADS, LENGTH = 8, 2, 5
+WIDTH, HEADS, LENGTH = 8, 4, 5
 
 
 def draw(seed, *shape):
@@ -19,10 +24,22 @@ def draw(seed, *shape):
 
 X = draw(0, LENGTH, WIDTH) * 2
 NAMES = ("query", "key", "value", "out", "up", "gate", "down")
-LAYERS = [
-    {name: draw(10 * layer + n, WIDTH, WIDTH) for n, name in enumerate(NAMES)}
-    for layer in (1, 2)
-]
+
+
+def draw_layers(depth, groups=1, biased=False):
+    """Weights; of keys and values as many heads as there are groups of queries'."""
+    layers = []
+    for layer in range(1, depth + 1):
+        wide = lambda name: WIDTH // (groups if name in ("key", "value") else 1)
+        w = {n: draw(10 * layer + i, WIDTH, wide(n)) for i, n in enumerate(NAMES)}
+        if biased:
+            named = enumerate((*NAMES, "norm"))
+            w |= {f"{n}_bias": draw(200 * layer + i, 1, wide(n))[0] for i, n in named}
+        layers.append(w)
+    return layers
+
+
+LAYERS = draw_layers(2)
 HEAD = draw(99, WIDTH, 3)
 
 
@@ -35,28 +52,38 @@ def layer_norm(x):
     return centred * jax.lax.rsqrt(jnp.var(x, axis=-1, keepdims=True) + 1e-6)
 
 
+def dense(x, w, name):
+    return x @ w[name] + w.get(f"{name}_bias", 0.0)
+
+
 def gated(x, w):
-    return (jax.nn.silu(x @ w["gate"]) * (x @ w["up"])) @ w["down"]
+    return dense(jax.nn.silu(dense(x, w, "gate")) * dense(x, w, "up"), w, "down")
 
 
 def plain(activation):
     return lambda x, w: activation(x @ w["up"]) @ w["down"]
 
 
-def block(x, w, norm=rms, mlp=gated):
-    split = lambda name, h: (h @ w[name]).reshape(len(h), HEADS, -1)
-    h = norm(x)
-    scores = jnp.einsum("qhd,khd->hqk", split("query", h), split("key", h)) / 2
-    scores = jnp.where(jnp.tril(jnp.ones((len(x), len(x)), bool)), scores, -jnp.inf)
-    mixed = jnp.einsum("hqk,khd->qhd", jax.nn.softmax(scores), split("value", h))
-    x = x + mixed.reshape(x.shape) @ w["out"]
-    return x + mlp(norm(x), w)
+def attend(h, w, causal):
+    dim = WIDTH // HEADS
+    key, value = (dense(h, w, n).reshape(len(h), -1, dim) for n in ("key", "value"))
+    query = dense(h, w, "query").reshape(len(h), key.shape[1], -1, dim)
+    scores = jnp.einsum("qhgd,khd->hgqk", query, key) / 2
+    seen = jnp.tril(jnp.ones((len(h), len(h)), bool)) | (not causal)
+    maps = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf))
+    return dense(jnp.einsum("hgqk,khd->qhgd", maps, value).reshape(h.shape), w, "out")
 
 
-def network(x, **options):
-    for w in LAYERS:
-        x = block(x, jax.tree.map(lambda a, x=x: jnp.asarray(a, x.dtype), w), **options)
-    norm = options.get("norm", rms)
+def block(x, w, norm=rms, mlp=gated, causal=True):
+    normed = lambda x: norm(x) + w.get("norm_bias", 0.0)
+    x = x + attend(normed(x), w, causal)
+    return x + mlp(normed(x), w)
+
+
+def network(x, layers=LAYERS, norm=rms, **options):
+    for w in layers:
+        w = jax.tree.map(lambda a, x=x: jnp.asarray(a, x.dtype), w)
+        x = block(x, w, norm=norm, **options)
     return norm(x)[-1] @ jnp.asarray(HEAD, x.dtype)
 
 
@@ -66,92 +93,126 @@ def scanned(x, wrap=lambda f: f):
     return rms(jax.lax.scan(step, x, stack)[0])[-1] @ jnp.asarray(HEAD, x.dtype)
 
 
-class Rules:
-    """Relevance of one block and the head in numpy, by the formulae of the papers."""
-
-    def __init__(self, conservative):
-        self.conservative = conservative
-
-    @staticmethod
-    def linear(x, w, relevance):
-        """R_i = x_i sum_j w_ij R_j / z_j."""
-        return x * ((relevance / (x @ w)) @ w.T)
-
-    def softmax(self, scores, probabilities, relevance):
-        """R_i = x_i (R_i - s_i sum_j R_j), masked scores having none."""
-        finite = np.where(np.isfinite(scores), scores, 0)
-        total = relevance.sum(axis=-1, keepdims=True)
-        return finite * (relevance - probabilities * total)
-
-    def attention(self, h, w, relevance):
-        split = lambda x: x.reshape(LENGTH, HEADS, -1).transpose(1, 0, 2)
-        join = lambda x: x.transpose(1, 0, 2).reshape(LENGTH, WIDTH)
-        query, key, value = (split(h @ w[n]) for n in ("query", "key", "value"))
-        scores = query @ key.transpose(0, 2, 1) / 2
-        scores = np.where(np.tril(np.ones((LENGTH, LENGTH))), scores, -np.inf)
-        p = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        p = p / p.sum(axis=-1, keepdims=True)
-        mixed = p @ value
-        share = split(self.linear(join(mixed), w["out"], relevance)) / mixed
-        of_value = value * (p.transpose(0, 2, 1) @ share)
-        if self.conservative:
-            return self.linear(h, w["value"], join(of_value))
-        of_map = p * (share @ value.transpose(0, 2, 1)) / 2
-        of_scores = self.softmax(scores, p, of_map)
-        share = of_scores / np.where(np.isfinite(scores), scores, 1) / 2
-        of_query = query * (share @ key) / 2
-        of_key = key * (share.transpose(0, 2, 1) @ query) / 2
-        of_value = of_value / 2
-        parts = (("query", of_query), ("key", of_key), ("value", of_value))
-        return sum(self.linear(h, w[n], join(part)) for n, part in parts)
-
-    def gated(self, h, w, relevance):
-        gate, up = h @ w["gate"], h @ w["up"]
-        product = gate / (1 + np.exp(-gate)) * up
-        part = self.linear(product, w["down"], relevance)
-        if self.conservative:
-            return self.linear(h, w["up"], part)
-        return self.linear(h, w["gate"], part / 2) + self.linear(h, w["up"], part / 2)
-
-    def __call__(self, x, target):
-        """Sums share relevance by what each part contributes; norms pass it on."""
-        norm = lambda x: x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + 1e-6)
-        as_float = lambda a: np.asarray(a, np.float64)
-        w = LAYERS[0]
-        middle = as_float(x + self.forward_attention(norm(x), w))
-        gate = norm(middle) @ w["gate"]
-        mlp = (gate / (1 + np.exp(-gate)) * (norm(middle) @ w["up"])) @ w["down"]
-        last = middle + mlp
-        relevance = np.zeros_like(last)
-        relevance[-1] = norm(last)[-1] * HEAD[:, target]
-        into_mlp = self.gated(norm(middle), w, relevance * mlp / last)
-        relevance = relevance * middle / last + into_mlp
-        mixed = middle - x
-        into_attention = self.attention(norm(x), w, relevance * mixed / middle)
-        return relevance * x / middle + into_attention
-
-    def forward_attention(self, h, w):
-        split = lambda x: x.reshape(LENGTH, HEADS, -1).transpose(1, 0, 2)
-        query, key, value = (split(h @ w[n]) for n in ("query", "key", "value"))
-        scores = query @ key.transpose(0, 2, 1) / 2
-        scores = np.where(np.tril(np.ones((LENGTH, LENGTH))), scores, -np.inf)
-        p = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        p = p / p.sum(axis=-1, keepdims=True)
-        return (p @ value).transpose(1, 0, 2).reshape(LENGTH, WIDTH) @ w["out"]
+def silu(x):
+    return x / (1 + np.exp(-x))
 
 
-@pytest.mark.parametrize("conservative", [False, True])
-@pytest.mark.parametrize("target", range(3))
-def test_rules_written_out(conservative, target):
-    """Each rule in numpy and float64, of one layer with a gate and causal maps."""
-    method = xv.cp_lrp if conservative else xv.attn_lrp
-    one = lambda x: rms(block(x, jax.tree.map(jnp.asarray, LAYERS[0])))[-1] @ HEAD
+def by_rules(rules, x, layers, causal=True):
+    """The network again, for float64 rules."""
+    seen = np.tril(np.ones((LENGTH, LENGTH), bool)) | (not causal)
+    for w in layers:
+        normed = lambda x, w=w: (
+            rules.bias(rules.norm(x), w["norm_bias"])
+            if "norm_bias" in w
+            else rules.norm(x)
+        )
+        h = normed(x)
+        x = rules.add(x, rules.attend(h, h, w, HEADS, seen))
+        h = normed(x)
+        gate = rules.curved(rules.dense(h, w, "gate"), silu)
+        product = rules.gated(gate, rules.dense(h, w, "up"))
+        x = rules.add(x, rules.dense(product, w, "down"))
+    return rules.linear(rules.row(rules.norm(x), -1), HEAD)
+
+
+METHODS = [xv.attn_lrp, xv.cp_lrp]
+NETWORKS = {
+    "one layer": {"layers": draw_layers(1)},
+    "two layers, grouped, with biases, all seen": {
+        "layers": draw_layers(2, groups=2, biased=True),
+        "causal": False,
+    },
+    "three layers, one head of keys, with biases": {
+        "layers": draw_layers(3, groups=HEADS, biased=True)
+    },
+}
+
+
+def check(scores, output, parts, rules, logit):
+    """Scores are the rules'; with what biases and softmaxes take they add up."""
+    np.testing.assert_allclose(output, logit, rtol=1e-5)
+    scale = max(np.abs(part.relevance).max() for part in parts)
+    for found, part in zip(scores, parts, strict=True):
+        np.testing.assert_allclose(found, part.relevance, atol=1e-5 * scale)
+    total = sum(found.sum() for found in scores) + sum(rules.absorbed.values())
+    np.testing.assert_allclose(total, output, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_rules_written_out_and_what_they_conserve(name, method):
+    """Of gates, norms, grouped heads and causal maps, in numpy and float64."""
+    options, conservative = NETWORKS[name], method is xv.cp_lrp
+    explain = method(lambda x: network(x, **options))
     with jax.enable_x64(True):
-        found = jax.jit(lambda x: method(one)(x, target=target))(jnp.asarray(X))
-    expected = Rules(conservative)(X, target)
-    scale = np.abs(expected).max()
-    np.testing.assert_allclose(found.scores, expected, atol=1e-5 * scale)
-    np.testing.assert_allclose(found.output, one(jnp.asarray(X))[target], rtol=1e-5)
+        targets = jax.vmap(lambda target: explain(jnp.asarray(X), target=target))
+        found = jax.jit(targets)(jnp.arange(3))
+    for target in range(3):
+        rules, x = Rules(conservative), Part(X)
+        logits = by_rules(rules, x, **options)
+        rules.explain(logits, target)
+        scores, output = found.scores[target], found.output[target]
+        check([scores], output, [x], rules, logits.value[target])
+        taken = rules.absorbed
+        assert abs(taken["softmaxes"]) > 1e-3 or conservative
+        assert (abs(taken["biases"]) > 1e-3) == ("norm_bias" in options["layers"][0])
+        assert taken["softmaxes"] == 0 or not conservative
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_cross_attention(method):
+    """Relevance of both sequences of an encoder and a causal decoder."""
+    model, target = EncoderDecoder(pad=2), 1
+    with jax.enable_x64(True):
+        x, source = model.inputs()
+        explain = method(model, argnums=(0, 1))
+        found = jax.jit(lambda x, y: explain(x, y, target=target))(x, source)
+    rules, parts = Rules(method is xv.cp_lrp), (Part(x), Part(source))
+
+    def layer(x, y, w, seen):
+        normed = rules.norm(rules.add(x, rules.attend(x, y, w, 2, seen)))
+        return rules.add(normed, rules.curved(normed, np.tanh))
+
+    h, memory = parts
+    seen = np.arange(model.other) < model.other - model.pad
+    for w in model.encoder:
+        memory = layer(memory, memory, w["own"], seen)
+    for w in model.decoder:
+        h = layer(h, h, w["own"], np.tril(np.ones((model.own, model.own), bool)))
+        h = layer(h, memory, w["cross"], seen)
+    logits = rules.linear(rules.row(h, -1), CROSS_HEAD)
+    rules.explain(logits, target)
+    check(found.scores, found.output, parts, rules, logits.value[target])
+    assert not found.scores[1][-model.pad :].any()
+    assert np.abs(found.scores[1]).max() > 0.01
+
+
+def test_two_layers_by_hand():
+    """Features 1 and 2 attend to each other, then the first to both.
+
+    Scores log 2 x_q x_k: maps [1/3, 2/3] and [1/5, 4/5], features [5/3, 9/5]. Scores
+    9/2 log 3 x_q x_k: the first row is [1/4, 3/4], the output 53/30, and of its scores
+    25/2 log 3 and 27/2 log 3 the relevance is [-25, 27] log 3 / 160, of which half is
+    the query's and half the keys'. Below, conservatively [1/4, 3/4] of each column of
+    the first maps.
+    """
+
+    def model(x):
+        for scale in (math.log(2), 4.5 * math.log(3)):
+            x = jax.nn.softmax(scale * x[:, None] * x[None]) @ x
+        return x[:1]
+
+    two, three = math.log(2), math.log(3)
+    first, second = 5 / 24 - 23 * three / 320, 27 / 40 + 27 * three / 320
+    expected = [
+        first / 10 + (1 / 18 - 2 * two / 45) * second,
+        (2 / 5 + two / 15) * first + (4 / 9 + 2 * two / 15) * second,
+    ]
+    x = jnp.array([1.0, 2.0])
+    found = xv.attn_lrp(model)(x)
+    np.testing.assert_allclose(found.output, 53 / 30, rtol=1e-5)
+    np.testing.assert_allclose(found.scores, expected, rtol=1e-5)
+    np.testing.assert_allclose(xv.cp_lrp(model)(x).scores, [7 / 30, 46 / 30], rtol=1e-5)
 
 
 ACTIVATIONS = {
@@ -199,7 +260,7 @@ def test_products_share():
     np.testing.assert_allclose(scores, [7.5, 7.5, 15.0])
 
 
-@pytest.mark.parametrize("method", [xv.attn_lrp, xv.cp_lrp])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint, jax.jit])
 def test_loops_are_their_layers(method, wrap):
     x = jnp.float32(X)

@@ -19,9 +19,12 @@ def attn_lrp(
     Layer-wise relevance propagation for transformers: linear operations pass
     relevance on by what each input contributed, elementwise functions unchanged, a
     norm's divisor is a constant, and a product of two arrays gives half to each. For
-    one backward pass it is far less noisy than `input_x_gradient`. Signed. Conserves
-    the output but for what biases and softmaxes take in: `conserved` says how much
-    arrived. Costs one forward and one backward pass. Sums in float32.
+    one backward pass it is far less noisy than `input_x_gradient`. Needs a target.
+    Signed. Conserves the output but for what biases and softmaxes take in: `conserved`
+    says how much arrived. Costs one forward and one backward pass, and a gradient's
+    memory: attention inside a known kernel stays there. This is the paper's own
+    convention for language models, with an epsilon of zero, in every layer; the gamma
+    rules that it tunes for vision transformers are not applied. Sums in float32.
 
     The rules are found by tracing, whatever the model's code. Layer-wise relevance
     propagation is patented for commercial use in some countries: ask before you sell.

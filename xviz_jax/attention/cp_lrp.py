@@ -12,9 +12,13 @@ def cp_lrp(
     """Attributes an output by relevance that passes through values, never through maps.
 
     As `attn_lrp`, but attention's probabilities and gates count as constants, so that
-    nothing is lost in them: without biases, scores add up to the output. What made
-    the model look where it looked is not explained. Signed. Costs one forward and
-    one backward pass. Sums in float32.
+    nothing is lost in them. What made the model look where it looked is not explained.
+    Needs a target. Signed. Conserves the output but for what biases take in:
+    `conserved` says how much arrived. Costs one forward and one backward pass, and a
+    gradient's memory: attention inside a known kernel stays there. This is the paper's
+    own convention, which holds maps and norms' divisors fixed, with an epsilon of zero
+    for linear operations; that gates are held too is Achtibat et al.'s reading of it
+    for newer models (2024, arXiv 2402.05602). Sums in float32.
 
     Layer-wise relevance propagation is patented for commercial use in some countries:
     ask before you sell.

@@ -8,11 +8,13 @@ gradients is of Arras et al., 2025, arXiv 2502.15886):
 - an elementwise function f of one array has the slope f(x) / x;
 - a norm's divisor is a constant;
 - a product of two arrays halves the gradient, for each gets half of the relevance;
-- a softmax keeps its derivative, or, conservatively, is a constant; so is a gate.
+- a softmax keeps its derivative, or, conservatively, is a constant; so is a gate;
+- a known kernel of attention keeps its own, edited at query, key and value.
 
 LRP is patented for commercial use in some countries; see the methods' docstrings.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,11 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xviz_jax.attention import relevance_kernels
 from xviz_jax.tracing import compat, interpreter
 from xviz_jax.tracing.compat import Literal
 from xviz_jax.tracing.graph import Atom, Body, Node
 from xviz_jax.tracing.interpreter import Plan
-from xviz_jax.tracing.program import trace
+from xviz_jax.tracing.program import Program, trace
 
 _CURVED = (
     "abs atan cbrt clamp cos erf erf_inv erfc exp exp2 expm1 integer_pow log log1p "
@@ -65,8 +68,7 @@ def propagating(
       ValueError: If an operation on the way has no rule, with its name.
     """
     program = trace(function, (x,), {})
-    edits = _Edits(program.graph, conservative)
-    plan = edits.plan()
+    plan = _Edits(program, conservative).plan()
 
     def run(other: Any) -> Any:
         outs, _ = interpreter.run(plan, jax.tree.leaves(other), {})
@@ -88,22 +90,24 @@ def _(primals: Any, tangents: Any) -> Any:
     return y, (slope * tangents[1]).astype(y.dtype)
 
 
-@jax.custom_jvp
-def _halved(x: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _shared(x: jax.Array, share: float) -> jax.Array:
+    del share
     return x
 
 
-@_halved.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-    return primals[0], 0.5 * tangents[0]
+@_shared.defjvp
+def _(share: float, primals: Any, tangents: Any) -> Any:
+    return primals[0], share * tangents[0]
 
 
 class _Edits:
     """What depends on the input, what the output needs, and what is edited there."""
 
-    def __init__(self, graph: Any, conservative: bool):
-        self.graph = graph
+    def __init__(self, program: Program, conservative: bool):
+        self.graph = graph = program.graph
         self.conservative = conservative
+        self.kernels = dict(relevance_kernels.find(program))
         self.live: set[int] = {a for a in graph.root.ins if self._is_float(a)}
         # Of which array a value is an elementwise function, and whether that bends.
         self.roots: dict[int, tuple[int, bool]] = {}
@@ -111,7 +115,7 @@ class _Edits:
         self.ordinary: set[int] = set()
         self.halved: dict[int, Body] = {}
         self.bent: dict[int, tuple[Body, int]] = {}
-        self.constant: dict[tuple[Node, int], Body] = {}
+        self.shares: dict[tuple[Node, int], tuple[Body, float]] = {}
         self._spread(graph.root)
         self._need(graph.root, graph.root.outs)
 
@@ -120,7 +124,7 @@ class _Edits:
         plan = Plan(self.graph)
         for atom, body in self.halved.items():
             plan.reach(body, _NAME)
-            plan.rewrite(atom, _NAME, lambda value, *_: _halved(value))
+            plan.rewrite(atom, _NAME, lambda value, *_: _shared(value, 0.5))
         for atom, (body, root) in self.bent.items():
             plan.reach(body, _NAME)
             plan.want(root)
@@ -131,10 +135,12 @@ class _Edits:
                     value, get(root).astype(value.dtype)
                 ),
             )
-        for (node, operand), body in self.constant.items():
+        for (node, operand), (body, share) in self.shares.items():
             plan.reach(body, _NAME)
-            stop = lambda value, *_: jax.lax.stop_gradient(value)
-            plan.rewrite_operand(node, operand, _NAME, stop)
+            part = lambda value, *_, share=share: (
+                _shared(value, share) if share else jax.lax.stop_gradient(value)
+            )
+            plan.rewrite_operand(node, operand, _NAME, part)
         return plan
 
     def _is_float(self, atom: Atom) -> bool:
@@ -154,7 +160,8 @@ class _Edits:
                 self._enter(node)
             elif node.primitive != "stop_gradient":
                 self.live |= {out for out in node.outs if self._is_float(out)}
-                self._find_root(node)
+                if node not in self.kernels:
+                    self._find_root(node)
 
     def _enter(self, node: Node) -> None:
         entering = node.ins[1:] if node.kind == "cond" else node.ins
@@ -226,10 +233,13 @@ class _Edits:
     def _need(self, body: Body, outs: list[Atom]) -> None:
         self.needed |= {atom for atom in outs if self._is_live(atom)}
         for node in reversed(body.leaves):
-            wanted = [out for out in node.outs if out in self.needed]
-            if not wanted:
+            kernel = self.kernels.get(node)
+            outs = node.outs if kernel is None else kernel.call.outs
+            if not any(out in self.needed for out in outs if self._is_live(out)):
                 continue
-            if node.bodies and node.kind != "while":
+            if kernel is not None:
+                self._attend(body, kernel)
+            elif node.bodies and node.kind != "while":
                 self._leave(node)
             else:
                 self.needed |= {a for a in self._rule(body, node) if self._is_live(a)}
@@ -245,6 +255,13 @@ class _Edits:
             for atom, own in zip(entering, inner.ins, strict=True):
                 if own in self.needed and self._is_live(atom):
                     self.needed.add(atom)
+
+    def _attend(self, body: Body, kernel: relevance_kernels.Kernel) -> None:
+        shares = kernel.shares(self._is_live, conservative=self.conservative)
+        for operand, share in shares.items():
+            self.shares[kernel.call, operand] = (body, share)
+            if share:
+                self.needed.add(kernel.call.ins[operand])
 
     def _rule(self, body: Body, node: Node) -> list[Atom]:
         """Edits one operation, and says which operands the gradient goes on to."""
@@ -275,7 +292,7 @@ class _Edits:
             self.ordinary |= exponentials
             return node.ins
         if self._is_norm(below):
-            self.constant[node, 1] = body
+            self.shares[node, 1] = (body, 0.0)
             return [above]
         where = f" in {node.scope!r}" if node.scope else ""
         raise ValueError(
@@ -292,7 +309,7 @@ class _Edits:
                 else self.roots.get(atom, (0, False))[1] or self._is_probability(atom)
             )
             if gate or (node.primitive == "mul" and self._is_norm(atom)):
-                self.constant[node, operand] = body
+                self.shares[node, operand] = (body, 0.0)
                 return [other]
         self.halved[node.outs[0]] = body
         return node.ins

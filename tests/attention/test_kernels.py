@@ -1,0 +1,141 @@
+"""Methods of models whose attention is one kernel, against attention written out.
+
+The Pallas kernel runs interpreted, with a backward kernel of its own. That of cuDNN
+needs a GPU: its program is traced, and each of its two primitives then given a plain
+implementation, which tests what is edited and not cuDNN.
+"""
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import xviz_jax as xv
+from tests.contract.quick import quick_compilation as quick_compilation
+from tests.tracing.cases import loose, normal
+from tests.tracing.test_fused import cudnn as cudnn
+
+LENGTH, HEADS, DIM, DEPTH = 16, 2, 8, 2
+WIDTH = HEADS * DIM
+
+
+@pytest.fixture(autouse=True)
+def relaxed():
+    """Kernels rely on the standard promotion rules."""
+    with loose():
+        yield
+
+
+def written_out(q, k, v):
+    """Causal attention, scores halved, of [batch, length, head, dim]."""
+    k, v = (jnp.repeat(each, q.shape[2] // k.shape[2], axis=2) for each in (k, v))
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / 2
+    seen = jnp.tril(jnp.ones(scores.shape[2:], bool))
+    maps = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf))
+    return jnp.einsum("bhqk,bkhd->bqhd", maps, v)
+
+
+def model(attention, loop=True):
+    """Layers, looped or not, with a nonlinear function right after the kernel."""
+    weights = normal(1, DEPTH, 3, WIDTH, WIDTH) / WIDTH**0.5
+    head = normal(2, WIDTH, 3)
+
+    def layer(x, w):
+        q, k, v = (jnp.dot(x, u).reshape(1, LENGTH, HEADS, DIM) for u in w)
+        return x + jnp.tanh(attention(q, k, v)).reshape(x.shape), None
+
+    def run(x):
+        w = weights.astype(x.dtype)
+        if loop:
+            x, _ = jax.lax.scan(layer, x, w)
+        else:
+            for own in w:
+                x, _ = layer(x, own)
+        return x[-1] @ head.astype(x.dtype)
+
+    return run
+
+
+def explained(function, x):
+    """Scores by method, of two inputs at once."""
+
+    def one(x):
+        return {
+            "attn_lrp": xv.attn_lrp(function)(x, target=1).scores,
+            "cp_lrp": xv.cp_lrp(function)(x, target=1).scores,
+            "relevance": xv.attention_relevance(function, query=-1)(x, target=1).scores,
+            "rollout": xv.attention_rollout(function, query=-1)(x).scores,
+        }
+
+    return jax.jit(jax.vmap(one))(x)
+
+
+def test_pallas_kernel_in_a_loop_over_layers():
+    try:
+        gpu = importlib.import_module("jax.experimental.pallas.ops.gpu.attention")
+    except ImportError as error:
+        pytest.skip(str(error))
+
+    def kernel(q, k, v):
+        options = dict(sm_scale=0.5, causal=True, interpret=True)
+        return gpu.mha(q, k, v, segment_ids=None, **options)
+
+    x = normal(3, 2, LENGTH, WIDTH)
+    found, expected = explained(model(kernel), x), explained(model(written_out), x)
+    for name, scores in expected.items():
+        scale = jnp.abs(scores).max()
+        assert scale > 0.1
+        np.testing.assert_allclose(found[name], scores, atol=2e-5 * scale, err_msg=name)
+    for one, other in (("attn_lrp", "cp_lrp"), ("relevance", "rollout")):
+        assert jnp.abs(expected[one] - expected[other]).max() > 0.01
+
+
+@pytest.mark.parametrize("method", [xv.attn_lrp, xv.cp_lrp])
+def test_a_kernels_bias_that_depends_on_the_input(method):
+    """It is part of the map, which only conservatively is a constant."""
+    flash = importlib.import_module("jax.experimental.pallas.ops.tpu.flash_attention")
+
+    def biased(x):
+        q = x.reshape(1, 1, 128, 8)
+        bias = jnp.broadcast_to(jnp.sum(x, axis=1), (1, 1, 128, 128))
+        return flash.flash_attention(q, q, q, bias)[0, 0, 0]
+
+    x = jax.ShapeDtypeStruct((128, 8), jnp.float32)
+    explain = functools.partial(method(biased), target=0)
+    if method is xv.attn_lrp:
+        with pytest.raises(ValueError, match="a kernel of attention .* a bias may"):
+            jax.eval_shape(explain, x)
+    else:
+        assert jax.eval_shape(explain, x).scores.shape == x.shape
+
+
+def test_cudnn(cudnn, monkeypatch):
+    fused = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+
+    def forward(q, k, v, *rest, is_training, **options):
+        assert options["scale"] == 0.5
+        statistics = jnp.zeros((len(q), q.shape[2], q.shape[1]))
+        return [written_out(q, k, v), statistics][: 1 + is_training]
+
+    def backward(q, k, v, *rest, **options):
+        return list(jax.vjp(written_out, q, k, v)[1](rest[-1]))
+
+    for name, function in (("fwd", forward), ("bwd", backward)):
+        primitive = getattr(fused, f"_dot_product_attention_{name}_p_wrapper")
+        monkeypatch.setattr(primitive, "impl", function)
+    kernel = functools.partial(
+        jax.nn.dot_product_attention, scale=0.5, is_causal=True, implementation="cudnn"
+    )
+    x = normal(3, LENGTH, WIDTH, dtype=jnp.bfloat16)
+    for method in (xv.attn_lrp, xv.cp_lrp):
+        looped = functools.partial(method(model(kernel)), target=1)
+        assert jax.eval_shape(looped, x).scores.shape == x.shape
+        found, expected = (
+            method(model(attention, loop=False))(x, target=1)
+            for attention in (kernel, written_out)
+        )
+        scale = jnp.abs(expected.scores).max()
+        np.testing.assert_allclose(found.scores, expected.scores, atol=0.03 * scale)
