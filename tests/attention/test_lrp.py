@@ -34,7 +34,7 @@ def draw_layers(depth, groups=1, biased=False):
         w = {n: draw(10 * layer + i, WIDTH, wide(n)) for i, n in enumerate(NAMES)}
         if biased:
             named = enumerate((*NAMES, "norm"))
-            w |= {f"{n}_bias": draw(200 * layer + i, 1, wide(n))[0] for i, n in named}
+            w |= {f"{n}_bias": draw(200 * layer + i, 1, wide(n)) for i, n in named}
         layers.append(w)
     return layers
 
