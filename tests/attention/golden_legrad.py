@@ -17,7 +17,7 @@ from legrad import LeWrapper
 from open_clip.model import CLIP
 
 HERE = Path(__file__).parent
-VISION = dict(layers=3, width=16, head_width=8, mlp_ratio=2, patch_size=1, image_size=4)
+VISION = dict(layers=3, width=8, head_width=4, mlp_ratio=2, patch_size=1, image_size=4)
 TEXT = dict(layers=1, width=8, heads=1, context_length=4, vocab_size=8)
 
 

@@ -78,7 +78,7 @@ def test_pallas_kernel_in_a_loop_over_layers():
     x = normal(3, 2, LENGTH, WIDTH)
     found, expected = explained(model(kernel), x), explained(model(written_out), x)
     for name, scores in expected.items():
-        scale = jnp.abs(scores).max()
+        scale = float(jnp.abs(scores).max())
         assert scale > 0.1
         np.testing.assert_allclose(found[name], scores, atol=2e-5 * scale, err_msg=name)
     for one, other in (("attn_lrp", "cp_lrp"), ("relevance", "rollout")):
@@ -133,5 +133,5 @@ def test_cudnn(cudnn):
             jax.jit(method(model(attention)))(x, target=1).scores
             for attention in (kernel, written_out)
         )
-        scale = jnp.abs(expected).max()
+        scale = float(jnp.abs(expected).max())
         np.testing.assert_allclose(found, expected, atol=0.02 * scale)

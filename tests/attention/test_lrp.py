@@ -193,8 +193,8 @@ def test_two_layers_by_hand():
     Scores log 2 x_q x_k: maps [1/3, 2/3] and [1/5, 4/5], features [5/3, 9/5]. Scores
     9/2 log 3 x_q x_k: the first row is [1/4, 3/4], the output 53/30, and of its scores
     25/2 log 3 and 27/2 log 3 the relevance is [-25, 27] log 3 / 160, of which half is
-    the query's and half the keys'. Below, conservatively [1/4, 3/4] of each column of
-    the first maps.
+    the query's and half the keys'. Conservatively, each feature gets itself times
+    [1/4, 3/4] of its column of the first maps.
     """
 
     def model(x):
@@ -208,11 +208,11 @@ def test_two_layers_by_hand():
         first / 10 + (1 / 18 - 2 * two / 45) * second,
         (2 / 5 + two / 15) * first + (4 / 9 + 2 * two / 15) * second,
     ]
-    x = jnp.array([1.0, 2.0])
-    found = xv.attn_lrp(model)(x)
+    both = jax.jit(lambda x: [method(model)(x) for method in METHODS])
+    found, conservative = both(jnp.array([1.0, 2.0]))
     np.testing.assert_allclose(found.output, 53 / 30, rtol=1e-5)
     np.testing.assert_allclose(found.scores, expected, rtol=1e-5)
-    np.testing.assert_allclose(xv.cp_lrp(model)(x).scores, [7 / 30, 46 / 30], rtol=1e-5)
+    np.testing.assert_allclose(conservative.scores, [7 / 30, 46 / 30], rtol=1e-5)
 
 
 ACTIVATIONS = {
