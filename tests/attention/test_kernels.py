@@ -6,7 +6,6 @@ implementation, which tests what is edited and not cuDNN.
 """
 
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ import xviz_jax as xv
 from tests.contract.quick import quick_compilation as quick_compilation
 from tests.tracing.cases import loose, normal
 from tests.tracing.test_fused import cudnn as cudnn
+from tests.tracing.test_fused import module
 
 LENGTH, HEADS, DIM, DEPTH = 16, 2, 8, 2
 WIDTH = HEADS * DIM
@@ -66,10 +66,7 @@ def explained(function, x):
 
 
 def test_pallas_kernel_in_a_loop_over_layers():
-    try:
-        gpu = importlib.import_module("jax.experimental.pallas.ops.gpu.attention")
-    except ImportError as error:
-        pytest.skip(str(error))
+    gpu = module("jax.experimental.pallas.ops.gpu.attention")
 
     def kernel(q, k, v):
         options = dict(sm_scale=0.5, causal=True, interpret=True)
@@ -88,7 +85,7 @@ def test_pallas_kernel_in_a_loop_over_layers():
 @pytest.mark.parametrize("method", [xv.attn_lrp, xv.cp_lrp])
 def test_a_kernels_bias_that_depends_on_the_input(method):
     """It is part of the map, which only conservatively is a constant."""
-    flash = importlib.import_module("jax.experimental.pallas.ops.tpu.flash_attention")
+    flash = module("jax.experimental.pallas.ops.tpu.flash_attention")
 
     def biased(x):
         q = x.reshape(1, 1, 128, 8)
@@ -104,8 +101,35 @@ def test_a_kernels_bias_that_depends_on_the_input(method):
         assert jax.eval_shape(explain, x).scores.shape == x.shape
 
 
+@pytest.mark.parametrize("method", [xv.attn_lrp, xv.cp_lrp])
+def test_a_kernel_whose_mask_is_not_known(method):
+    """Its derivative knows; traced only."""
+    name = "jax.experimental.pallas.ops.tpu.splash_attention"
+    kernels = module(f"{name}.splash_attention_kernel")
+    masks = module(f"{name}.splash_attention_mask")
+    mask = masks.MultiHeadMask([masks.CausalMask((128, 128))] * HEADS)
+    kernel = kernels.make_splash_mha(mask=mask, head_shards=1, q_seq_shards=1)
+    x = jax.ShapeDtypeStruct((HEADS, 128, 128), jnp.float32)
+    explain = functools.partial(method(lambda x: kernel(x, 2 * x, x)[0, 0]), target=0)
+    assert jax.eval_shape(explain, x).scores.shape == x.shape
+
+
+def test_a_kernel_that_is_not_known_is_named():
+    pl = module("jax.experimental.pallas")
+
+    def kernel(x_ref, o_ref):
+        o_ref[...] = jax.nn.softmax(x_ref[...] @ x_ref[...].T) @ x_ref[...]
+
+    def unknown(x):
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return pl.pallas_call(kernel, out_shape=shape, interpret=True)(x)[0]
+
+    with pytest.raises(ValueError, match="no rule for 'pallas_call'"):
+        xv.attn_lrp(unknown)(normal(1, LENGTH, DIM), target=0)
+
+
 def test_cudnn(cudnn):
-    fused = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    fused = module("jax._src.cudnn.fused_attention_stablehlo")
     wide = lambda arrays: tuple(each.astype(jnp.float32) for each in arrays)
 
     def forward(q, k, v, *rest, scale, is_training, **options):
