@@ -70,6 +70,19 @@ def test_importing_loads_neither_flax_nor_matplotlib():
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
 
 
+def test_batch_is_there_by_itself():
+    """And not for having been imported by another module, such as `comparison`."""
+    program = (
+        "import sys, types;"
+        "other = types.ModuleType('xviz_jax.comparison');"
+        "other.Comparison = other.compare = None;"
+        "sys.modules[other.__name__] = other;"
+        "import xviz_jax as xv;"
+        "xv.batch.run"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
+
+
 def test_every_public_name_is_documented():
     # `kernels` is a namespace: it has no file that could hold a docstring.
     public = {name for name in dir(xviz_jax) if not name.startswith("_")} - {"kernels"}

@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from xviz_jax import baselines as baselines
+from xviz_jax import batch as batch
 from xviz_jax import metrics as metrics
 from xviz_jax import tracing as tracing
 from xviz_jax._version import __version__ as __version__

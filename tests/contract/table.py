@@ -50,6 +50,9 @@ class Method:
     zero: bool = True
     # The explained position's scores do not depend on the target.
     class_blind: bool = False
+    # Padding that the model masks scores nothing and changes nothing; not where a draw,
+    # a grid or a mean is over the whole length.
+    padding: bool = True
     # How well scores in bfloat16 correlate with those in float32.
     bfloat16: float = 0.99
 
@@ -61,7 +64,8 @@ integral = partial(
 )  # fmt: skip
 inside = partial(Method, inside=True, many=False)
 on_positions = partial(inside, scores="positions", argnums=False)
-attention = partial(on_positions, zero=False)
+# Their padding is tried beside them.
+attention = partial(on_positions, zero=False, padding=False)
 game = partial(Method, linear=times, from_baseline=True, additive=True)
 
 shrunk = lambda leaf: (
@@ -100,6 +104,7 @@ METHODS = [
         "blur_integrated_gradients",
         partial(xv.blur_integrated_gradients, axes=(0,), sigma=2.0),
         complete=0.05,
+        padding=False,
         halves="sum",
     ),
     Method(
@@ -108,6 +113,7 @@ METHODS = [
         complete=0.2,
         linear=times,
         from_baseline=True,
+        padding=False,
         bfloat16=0.9,
     ),
     Method(
@@ -116,6 +122,7 @@ METHODS = [
             xv.input_x_gradient(model, **o), samples=6, noise=0.1, chunk=4, **o
         ),
         random=True,
+        padding=False,
         additive=True,
     ),
     Method(
@@ -128,9 +135,10 @@ METHODS = [
             **o,
         ),
         random=True,
+        padding=False,
         bfloat16=0.9,
     ),
-    on_positions("grad_cam", xv.grad_cam),
+    on_positions("grad_cam", xv.grad_cam, padding=False),
     on_positions("hires_cam", xv.hires_cam, additive=True),
     inside("conductance", partial(xv.conductance, at="stream", steps=4, chunk=2)),
     inside(
@@ -153,12 +161,14 @@ METHODS = [
         random=True,
         many=False,
         zero=False,
+        padding=False,
         additive=True,
     ),
     game(
         "shapley_value_sampling",
         partial(xv.shapley_value_sampling, samples=4, chunk=13),
         random=True,
+        padding=False,
         complete=5e-4,
         quadratic=True,
     ),
@@ -171,6 +181,7 @@ METHODS = [
         "kernel_shap",
         partial(xv.kernel_shap, samples=128, chunk=32),
         random=True,
+        padding=False,
         complete=5e-4,
     ),
     Method(
@@ -178,6 +189,7 @@ METHODS = [
         partial(xv.learned_mask, steps=5, cells=3),
         many=False,
         zero=False,
+        padding=False,
         bfloat16=0.9,
     ),
     attention("attention_rollout", xv.attention_rollout, class_blind=True),
@@ -228,7 +240,9 @@ def parameters(dtype: Any = jnp.float32) -> list[dict[str, jax.Array]]:
     return [*layers, {"head": draw(WIDTH, CLASSES)}]
 
 
-def transformer(weights: list[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
+def transformer(
+    weights: list[dict[str, jax.Array]], x: jax.Array, mask: jax.Array | None = None
+) -> jax.Array:
     """Maps one sequence [LENGTH, WIDTH] to logits [CLASSES], read off position 0."""
     *layers, last = weights
     for layer in layers:
@@ -236,6 +250,8 @@ def transformer(weights: list[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
             x.shape[0], HEADS, -1
         )
         logits = jnp.einsum("qhd,khd->hqk", split("query"), split("key"))
+        if mask is not None:
+            logits = jnp.where(mask[None, None], logits, -jnp.inf)
         mixed = jnp.einsum("hqk,khd->qhd", jax.nn.softmax(logits), split("value"))
         x = x + mixed.reshape(x.shape)
         x = x + jnp.tanh(x @ layer["up"]) @ layer["down"]

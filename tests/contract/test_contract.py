@@ -219,6 +219,26 @@ def test_bfloat16_gives_float32_scores(method, weights):
     assert np.corrcoef(half.ravel(), full.ravel())[0, 1] > method.bfloat16
 
 
+@over([method for method in METHODS if method.padding])
+def test_padding_changes_nothing(method, weights):
+    """Of a text that is explained at its tokens; padding is another token."""
+    table = jax.random.normal(jax.random.key(5), (7, WIDTH))
+    model = lambda tokens, mask: transformer(weights, table[tokens], mask)
+    explain = partial(make(method, model), target=1)
+    tokens, mask = jnp.array([5, 1, 4, 1, 2]), jnp.ones(LENGTH, bool)
+    rest = (0, 3)
+
+    @jax.jit
+    def both(tokens, mask):
+        longer = jnp.pad(tokens, rest, constant_values=3), jnp.pad(mask, rest)
+        return explain(tokens, mask), explain(*longer)
+
+    alone, padded = both(tokens, mask)
+    near(padded.output, alone.output)
+    near(padded.scores[:LENGTH], alone.scores)
+    assert not padded.scores[LENGTH:].any()
+
+
 class TestTargets:
     @every_method
     def test_every_class(self, method, model):

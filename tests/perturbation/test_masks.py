@@ -1,8 +1,11 @@
 """Windows, random masks and learned masks against closed forms."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import xviz_jax as xv
@@ -92,6 +95,61 @@ def test_meaningful_mask_is_sparse_where_nothing_is_lost():
     assert mask[1, 1] > 0.8 and mask[1, 2] > 0.8
     rest = np.delete(np.asarray(mask).ravel(), [5, 6])
     assert rest.max() < 0.2
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_mask_is_the_given_optimizers(keep):
+    """One step from a mask of halves has a closed form, one for both questions."""
+    weights = jnp.array([1.0, -2.0, 0.5, 3.0])
+    explain = xv.learned_mask(
+        lambda x: (weights @ x)[None],
+        area=None, keep=keep, cells=4, sparsity=0.2, smoothness=0.0, steps=1,
+        optimizer=optax.sgd(0.8),
+    )  # fmt: skip
+    found = explain(jnp.ones(4)).scores
+    # Of the gain in units of the change, less a mean of the mask; halves' slope is 1/4.
+    slope = (weights / weights.sum() - 0.2 / 4) / 4
+    np.testing.assert_allclose(found, jax.nn.sigmoid(0.8 * slope), rtol=1e-5)
+
+
+TABLE = jax.random.normal(jax.random.key(2), (7, 3))
+TOKENS, PAD = jnp.array([5, 1, 4, 1, 2]), 3
+EACH = WEIGHTS[:5, 0].sum(axis=-1)
+
+
+def of_embeddings(rows):
+    return jnp.tanh(EACH @ rows)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(xv.feature_ablation, groups=lambda x: xv.patches(x.shape, (1,))),
+        partial(xv.occlusion, window=(2,)),
+        partial(xv.learned_mask, cells=(4,), area=0.4, steps=5),
+    ],
+)
+def test_a_token_is_taken_away_with_all_its_features(make):
+    """Tokens score what the rows of the table do that they look up."""
+    tokens = make(lambda t: of_embeddings(TABLE[t]), baseline=xv.baselines.tokens(PAD))
+    rows = make(of_embeddings, baseline=xv.baselines.embedding(TABLE[PAD]))
+    found = jax.jit(tokens)(TOKENS, target=1)
+    wanted = jax.jit(rows)(TABLE[TOKENS], target=1)
+    assert found.scores.shape == TOKENS.shape
+    assert np.abs(found.scores).max() > 0.1
+    each = jnp.broadcast_to(found.scores[:, None], wanted.scores.shape)
+    np.testing.assert_allclose(wanted.scores, each, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found.output, wanted.output, rtol=1e-6)
+
+
+def test_what_a_token_is_worth():
+    """Of a sum over tokens, it is how far its row is from that of padding."""
+    model = lambda tokens: EACH @ TABLE[tokens]
+    explain = xv.feature_ablation(model, baseline=xv.baselines.tokens(PAD, keep=(1,)))
+    scores = explain(TOKENS, target=2).scores
+    worth = EACH * (TABLE[TOKENS, 2] - TABLE[PAD, 2])
+    expected = jnp.where(TOKENS == 1, 0, worth)
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
 
 
 def test_methods_of_one_array_refuse_several():

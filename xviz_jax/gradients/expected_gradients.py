@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from xviz_jax import attribution, chunks
 from xviz_jax.attribution import At, Attribution, Target
+from xviz_jax.noise import add
 
 
 def expected_gradients(
@@ -81,7 +82,7 @@ def expected_gradients(
             row, place, own = draw
             baseline = jax.tree.map(lambda leaf: jnp.asarray(leaf)[row], begins)
             begin = attribution.start(baseline, question)
-            x = _shaken(question.x, noise, own) if noise else question.x
+            x = add(question.x, noise, own) if noise else question.x
             way = jax.tree.map(
                 lambda a, b: a.astype(jnp.float32) - b.astype(jnp.float32), x, begin
             )
@@ -128,13 +129,3 @@ def _rows(baselines: Any) -> int:
             f"{[jnp.shape(leaf) for leaf in jax.tree.leaves(baselines)]}"
         )
     return counts.pop()[0]
-
-
-def _shaken(x: Any, noise: float, key: jax.Array) -> Any:
-    leaves, tree = jax.tree.flatten(x)
-    keys = jax.random.split(key, len(leaves))
-    moved = [
-        leaf + (noise * jax.random.normal(each, leaf.shape)).astype(leaf.dtype)
-        for leaf, each in zip(leaves, keys, strict=True)
-    ]
-    return jax.tree.unflatten(tree, moved)
