@@ -219,7 +219,7 @@ def test_bfloat16_gives_float32_scores(method, weights):
     assert np.corrcoef(half.ravel(), full.ravel())[0, 1] > method.bfloat16
 
 
-@over([method for method in METHODS if method.padding])
+@over([m for m in METHODS if m.padding and "-" not in m.name])
 def test_padding_changes_nothing(method, weights):
     """Of a text that is explained at its tokens; padding is another token."""
     table = jax.random.normal(jax.random.key(5), (7, WIDTH))
@@ -236,7 +236,7 @@ def test_padding_changes_nothing(method, weights):
     alone, padded = both(tokens, mask)
     near(padded.output, alone.output)
     near(padded.scores[:LENGTH], alone.scores)
-    assert not padded.scores[LENGTH:].any()
+    near(padded.scores[LENGTH:], 0)
 
 
 class TestTargets:

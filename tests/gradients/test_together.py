@@ -1,5 +1,7 @@
 """Several explanations, and several targets, in one pass."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from xviz_jax.gradients.sharing import shared
 
 WEIGHTS = parameters()[1:]
 KEY = jax.random.key(0)
+ZEROS = xv.baselines.zeros()
 
 
 def model(x):
@@ -64,18 +67,50 @@ def explainers(model):
     }
 
 
+def bits(left, right):
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert np.array_equal(a, b)
+
+
 @pytest.mark.parametrize("net", [model, scanned])
 def test_equal_to_separate_runs(net):
-    """Up to the last bit, which XLA may round otherwise in a larger program."""
-    each = {**explainers(net)}
+    """To the bit, adaptive paths and paths that are shared too."""
+    each = {
+        **explainers(net),
+        "adaptive": xv.integrated_gradients(net),
+        "adaptive, again": xv.integrated_gradients(net, baseline=ZEROS),
+        "again": xv.integrated_gradients(net, baseline=ZEROS, steps=4, chunk=4),
+    }
     if net is model:
         each["attention_rollout"] = xv.attention_rollout(net)
         each["grad_cam"] = xv.grad_cam(net)
     both = jax.jit(xv.together(*each.values()))(example(), key=KEY)
-    for explain, found in zip(each.values(), both, strict=True):
+    for (name, explain), found in zip(each.items(), both, strict=True):
         alone = jax.jit(explain)(example(), key=KEY)
-        for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(found), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+        if name == "attention_rollout":
+            # XLA of JAX 0.10.0 fuses a forward pass otherwise where it is alone.
+            np.testing.assert_allclose(found.output, alone.output, rtol=1e-6)
+            alone = dataclasses.replace(alone, output=found.output)
+        bits(alone, found)
+
+
+@pytest.mark.parametrize("net", [model, scanned])
+@pytest.mark.parametrize("options", [{}, {"steps": 8, "chunk": 4}])
+def test_a_path_that_two_methods_walk_is_walked_once(net, options):
+    """A node is evaluated once for both, whether a rule or the path asks for it."""
+    x = example()
+    first = xv.integrated_gradients(net, **options)
+    second = xv.integrated_gradients(net, baseline=ZEROS, **options)
+    assert products(xv.together(first, second), x) == products(first, x)
+
+
+def test_gradients_along_a_path_serve_two_methods():
+    x, options = example(), {"at": "stream", "steps": 4, "chunk": 4}
+    conductance = xv.conductance(model, **options)
+    influence = xv.internal_influence(model, **options)
+    both = products(xv.together(conductance, influence), x)
+    # The sum over nodes is all that the other one adds.
+    assert both == products(xv.together(conductance), x) + 1
 
 
 def test_one_gradient_serves_two_methods_and_one_forward_the_rest():

@@ -141,7 +141,7 @@ def _structure(closed: Any) -> Hashable:
     equations = tuple(
         (
             eqn.primitive,
-            _frozen(eqn.params),
+            _frozen(_opened(eqn) or eqn.params),
             tuple(map(of, eqn.invars)),
             tuple(map(define, eqn.outvars)),
         )
