@@ -57,7 +57,7 @@ MAPS = xv.baselines.carried(BASELINE)
 path = {"baseline": BASELINE, "steps": 16}
 rule = {"baseline": BASELINE, "groups": np.asarray(GROUPS), "chunk": 3}
 unit = partial(xv.neuron, network, at="maps", index=UNIT)
-words = {"baseline": jnp.asarray(OTHERS)}
+others = jnp.asarray(OTHERS)
 drawn = partial(xv.expected_gradients, samples=SAMPLES, chunk=4)
 noisy = partial(xv.smooth, xv.saliency(network, signed=True), samples=SAMPLES)
 METHODS = {
@@ -101,10 +101,10 @@ METHODS = {
     # As captum draws it, with replacement, it is exact for additive models only.
     "kernel_shap_additive": xv.kernel_shap(additive, samples=14, **rule),
     "tokens_integrated_gradients": xv.integrated_gradients(
-        of_tokens, steps=16, **words
+        of_tokens, steps=16, baseline=others
     ),
-    "tokens_feature_ablation": xv.feature_ablation(of_tokens, **words),
-    "tokens_occlusion": xv.occlusion(of_tokens, window=2, **words),
+    "tokens_feature_ablation": xv.feature_ablation(of_tokens, baseline=others),
+    "tokens_occlusion": xv.occlusion(of_tokens, window=2, baseline=others),
 }
 
 RELU = "changes what a ReLU passes back; nothing here does"
