@@ -20,10 +20,10 @@ def together(
     the gradient behind the first two, the end points of paths, the path itself
     where two methods walk the same one. The same operations on the same values
     as in separate runs, so compiled results equal theirs bit for bit wherever XLA
-    fuses both alike. On CPU it does, with one exception: the `output` of a method
-    that by itself is forward passes only (a rollout, Shapley values), and the gaps
-    made of it, may differ in the last bit with JAX 0.10.0. Not for taking gradients
-    of its own results.
+    fuses both alike. On CPU one exception was found: with JAX 0.10.0, the `output`
+    of a method that by itself is forward passes only (a rollout, Shapley values),
+    and the gaps made of it, may differ in the last bits. Not for taking gradients of
+    its own results.
 
     What is inside a loop is compared whole: of a model that scans over its layers,
     equal forward passes are shared, but not a forward pass with a gradient's.
