@@ -11,7 +11,7 @@ PYTHON312 ?= $(firstword $(foreach name,python3.12 $(wildcard \
   $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.12*/bin/python3.12),\
   $(shell $(name) -c "import sys" 2>/dev/null && echo $(name))))
 
-.PHONY: demo test lint doctests smoke-newest test-tpu-compile benchmarks bench-gpu clean python
+.PHONY: demo test suite audits lint doctests smoke-newest test-tpu-compile benchmarks bench-gpu clean python
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/xviz-jax demo --out demo --overwrite
@@ -19,8 +19,17 @@ demo: $(VENV)/.installed-demo
 # Environments are made while the code is read; what is slow to compile goes together.
 test:
 	$(MAKE) -j 3 lint $(VENV)/.installed-real $(NEWEST)/.installed $(TPU)/.installed
-	XVIZ_REQUIRE_REAL=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(MAKE) -j 2 suite audits
 	$(MAKE) -j 3 doctests smoke-newest test-tpu-compile
+
+suite: $(VENV)/.installed-real
+	XVIZ_REQUIRE_REAL=1 $(BIN)/python -m pytest -n 2 --dist worksteal \
+	  --ignore tests/audit --ignore tests/test_batch.py
+
+# What is promised to the bit, compiled as users do, and faults over and over. These wait
+# more than they compute, so they run beside the others.
+audits: $(VENV)/.installed-test
+	XLA_FLAGS= $(BIN)/python -m pytest -m "" tests/audit tests/test_batch.py
 
 doctests: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --doctest-modules xviz_jax --ignore=xviz_jax/kernels -q

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import SHARED
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 NAMES = [
     "integrated_gradients",
@@ -26,7 +28,7 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_small(name):
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--small"]
-    quick = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    quick = {**os.environ, **SHARED, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     done = subprocess.run(
         command, check=True, capture_output=True, text=True, env=quick
     )

@@ -6,9 +6,16 @@ from tests.audit import harness
 
 
 @pytest.fixture(scope="session")
-def clean(tmp_path_factory):
-    """The rows of a run without faults, on four devices."""
+def finished(tmp_path_factory):
+    """A run without faults, on four devices; to be copied."""
     out = tmp_path_factory.mktemp("clean") / "out"
     done = harness.run(out, devices=4)
     assert done.state == "complete" and done.bitwise, done
-    return harness.bits(out)
+    assert done.computed == 5
+    return out
+
+
+@pytest.fixture(scope="session")
+def clean(finished):
+    """Its rows."""
+    return harness.bits(finished)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from tests.audit import tiny
-from tests.conftest import CACHE
+from tests.conftest import CACHE, SHARED
 from xviz_jax import audit
 from xviz_jax.audit import rows
 
@@ -29,9 +30,8 @@ def start(out, failpoint="", cache=CACHE, **options):
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
+        **SHARED,
         "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "XVIZ_FAILPOINT": failpoint,
     }
     options = {"max_bad_fraction": 0.5, **options}
@@ -45,7 +45,7 @@ def start(out, failpoint="", cache=CACHE, **options):
     )
 
 
-def ended(process, timeout=120):
+def ended(process, timeout=300):
     """Its exit code, and what it said."""
     said, errors = process.communicate(timeout=timeout)
     return process.returncode, said, errors
@@ -75,6 +75,20 @@ def quarantined(out):
     ids = table.column("id").to_pylist()
     assert len(ids) == len(set(ids))
     return dict(zip(ids, table.column("reason").to_pylist(), strict=True))
+
+
+def written(out):
+    """The bytes of every file of rows, and of what they say they are."""
+    kept = [path for each in ("shards/*", "quarantine/*") for path in out.glob(each)]
+    return {path: path.read_bytes() for path in [*kept, *out.glob("run.json")]}
+
+
+def refused(out, said, kind=ValueError, **options):
+    """A call of `run` that raises, writes nothing and changes nothing."""
+    before = written(out)
+    with pytest.raises(kind, match=said):
+        run(out, **options)
+    assert written(out) == before
 
 
 def check(out, clean, inputs=None):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 from tests.audit import tiny
 from xviz_jax.audit import command
@@ -14,7 +15,11 @@ def main():
     source = options.pop("source", {})
     source["faults"] = {int(k): v for k, v in source.get("faults", {}).items()}
     options["data"] = tiny.Records(**source)
-    return command.main({"out": sys.argv[1], **options})
+    code = command.main({"out": sys.argv[1], **options})
+    status = Path("/proc/self/status").read_text().splitlines()
+    # Not of getrusage, which begins with what the parent had when it forked.
+    print("peak", *[line.split(":")[1].strip() for line in status if "VmHWM" in line])
+    return code
 
 
 if __name__ == "__main__":

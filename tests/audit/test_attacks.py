@@ -1,6 +1,5 @@
 """Hostile data through every source and every sink: refused, or harmless."""
 
-import csv
 import io
 import json
 import os
@@ -10,7 +9,9 @@ import unicodedata
 import zipfile
 import zlib
 from pathlib import Path
+from xml.etree import ElementTree
 
+import matplotlib
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,11 +19,11 @@ import pytest
 from PIL import Image, PngImagePlugin
 from rich.console import Console
 
-from tests.audit import corpus, writers
-from xviz_jax import escape
+from tests.audit import corpus, harness, writers
+from xviz_jax import audit, escape
 from xviz_jax.audit.sources import BadRecord, Limits, Record, open_source
 from xviz_jax.explain.show import plain
-from xviz_jax.plotting import text_attribution
+from xviz_jax.plotting import gallery, text_attribution
 
 
 class Canary:
@@ -201,8 +202,6 @@ def test_texts_are_data(name, tmp_path):
     for row, text in enumerate(texts):
         record = source[row]
         assert (record.id, record.columns["text"]) == (text, text)
-    path = str(tmp_path / "out" / escape.file_name(source[0].id))
-    assert Path(path).resolve().is_relative_to(tmp_path / "out")
 
 
 def test_json_that_breaks_readers_breaks_one_record(tmp_path):
@@ -286,35 +285,101 @@ def test_damaged_bytes_give_records_or_what_is_wrong_and_nothing_else(name, tmp_
 
 
 @pytest.mark.parametrize("text", [*corpus.TEXTS, corpus.HALF])
-def test_no_sink_obeys_a_text(text):
+def test_no_terminal_obeys_a_text(text):
     shown = escape.terminal(text)
     assert not any(
         unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" for c in shown
     )
     assert not set("\u202e\u2066\x1b\x9b") & set(shown)
-    written = io.StringIO(newline="")
-    csv.writer(written).writerow([escape.csv_cell(text), 1])
-    ((cell, _),) = csv.reader(io.StringIO(written.getvalue(), newline=""))
-    assert not cell.lstrip().startswith(("=", "+", "-", "@", "\uff1d"))
-    assert escape.unicode(text) in cell
-    cell.encode()
-    line = escape.json_line({text: [text, float("nan"), np.float32(np.inf)]})
-    assert line.isascii() and "\n" not in line
-    assert [*json.loads(line).values()] == [[escape.unicode(text), None, None]]
-    table = pa.table({"id": [escape.unicode(text)]})
-    pq.write_table(table, held := io.BytesIO())
-    assert pq.read_table(held)["id"].to_pylist() == [escape.unicode(text)]
-    name = escape.file_name(text)
-    assert len(name) == 64 and name.isalnum() and name.isascii()
 
 
-def test_a_figure_and_a_terminal_draw_every_text_as_it_is():
+class Hostile:
+    """The corpus as ids and labels; each text once more, of a record that is bad."""
+
+    texts = corpus.TEXTS
+
+    def __len__(self):
+        return 2 * len(self.texts) + 2
+
+    def __getitem__(self, index):
+        number, again = divmod(index, len(self.texts))
+        if number == 2:
+            name, label = [(corpus.HALF, "a label"), ("an id", corpus.HALF)][again]
+            return Record(name, {"x": np.ones(8, np.float32)}, label)
+        text = self.texts[again]
+        if number == 1:
+            raise BadRecord("UNDECODABLE", text, f"{text}!")
+        x = np.random.default_rng(index).standard_normal(8).astype(np.float32)
+        return Record(text, {"x": x}, text)
+
+    def fingerprint(self):
+        return "the corpus"
+
+
+def test_an_audit_writes_every_text_as_it_is_and_obeys_none(tmp_path):
+    texts = Hostile.texts
+    done = harness.run(tmp_path, data=Hostile(), max_bad_fraction=0.6)
+    assert done.state == "complete" and done.explained == len(texts)
+    assert done.reasons == {"BAD_UTF8": 2, "UNDECODABLE": len(texts)}
+    table = harness.read(tmp_path)
+    assert table.column("id").to_pylist() == texts
+    assert table.column("label").to_pylist() == texts
+    found = audit.open(tmp_path)
+    assert [found.rows(text)[0]["label"] for text in texts[:3]] == texts[:3]
+    bad = harness.read(tmp_path, "quarantine").to_pylist()
+    named = [*(f"{text}!" for text in texts), repr(corpus.HALF), "an id"]
+    assert [row["id"] for row in bad] == named
+    assert [row["message"] for row in bad[:-2]] == texts
+    assert found.summary["reasons"] == done.reasons
+    # What is read in a terminal, and what is found in the folder.
+    for name in ("audit.log", "summary.json", "run.json"):
+        said = (tmp_path / name).read_text()
+        assert said == escape.terminal(said), name
+    left = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*")}
+    kept = {"audit.log", "lock", "run.json", "state", "summary.json"}
+    assert left == {*kept, "shards", "quarantine"}
+    names = {path.stem for path in (tmp_path / "shards").iterdir()}
+    assert all(name.isdecimal() for name in names)
+    # Drawn from the audit, they change nothing in it.
+    before = harness.bits(tmp_path)
+    scores = table.column("output").to_numpy()
+    text_attribution(table.column("id").to_pylist(), scores)
+    assert harness.bits(tmp_path) == before
+
+
+# What a reader of PDF would do, and of SVG.
+COMMANDS = [b"/JavaScript", b"/JS", b"/URI", b"/Launch", b"/OpenAction"]
+ACTIVE = {"script", "a", "foreignObject"}
+
+
+def test_a_picture_draws_every_text_as_it_is():
     texts = [*corpus.TEXTS, corpus.HALF]
     axes = text_attribution(texts, np.linspace(-1, 1, len(texts)))
     assert not any(text.get_parse_math() for text in axes.texts)
     figure = axes.get_figure(root=True)
     assert figure is not None
-    figure.savefig(io.BytesIO(), format="png", dpi=20)
+    titled = gallery(np.zeros((len(texts), 2, 2)), {}, titles=texts)
+    options = {"svg.fonttype": "none", "pdf.compression": 0}
+    said = set()
+    with matplotlib.rc_context(options):  # pyright: ignore[reportArgumentType]
+        for each in (figure, titled):
+            png, svg, pdf = (io.BytesIO() for _ in range(3))
+            each.savefig(png, format="png", dpi=20)
+            each.savefig(pdf, format="pdf")
+            page = pdf.getvalue()
+            assert page.startswith(b"%PDF")
+            assert not [command for command in COMMANDS if command in page]
+            each.savefig(svg, format="svg")
+            for node in ElementTree.fromstring(svg.getvalue()).iter():
+                assert node.tag.rpartition("}")[2] not in ACTIVE
+                assert not any(name.startswith("on") for name in node.attrib)
+                assert not any("javascript:" in v for v in node.attrib.values())
+                said.add((node.text or "").strip())
+    assert {text.get_text().strip() for text in axes.texts} <= said
+
+
+def test_a_terminal_shows_every_text_as_it_is():
+    texts = [*corpus.TEXTS, corpus.HALF]
     shown = Console(file=io.StringIO(), force_terminal=True, color_system="truecolor")
     for text in texts:
         shown.print(plain(text))
@@ -324,7 +389,7 @@ def test_a_figure_and_a_terminal_draw_every_text_as_it_is():
     assert "[red]markup[/red]" in written
 
 
-def test_half_of_a_pair_is_refused_by_sources_and_replaced_by_sinks(tmp_path):
+def test_half_of_a_pair_is_refused_by_sources(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": corpus.HALF}))
     assert reason(open_source(tmp_path / "a.jsonl")) == "BAD_UTF8"
     np.savez(tmp_path / "a.npz", text=np.array([corpus.HALF]))
@@ -338,6 +403,3 @@ def test_half_of_a_pair_is_refused_by_sources_and_replaced_by_sinks(tmp_path):
     fault = next(open_source(tmp_path).rows(0, 1))
     assert isinstance(fault, BadRecord)
     assert (fault.reason, fault.id) == ("BAD_UTF8", "0")
-    assert escape.json_line({"text": corpus.HALF}).endswith('pair: \\ufffd"}')
-    with pytest.raises(TypeError, match="not JSON serializable"):
-        escape.json_line({"x": object()})

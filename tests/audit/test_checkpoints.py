@@ -1,6 +1,7 @@
 """Audits of published checkpoints: texts in buckets, and weights that changed."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from tests.contract.quick import quick_compilation as quick_compilation
 from tests.test_explain import GOLDENS, tokenizer
 from xviz_jax import audit
 
-TEXTS = ["the film was not good .", "good film", "the", "[UNK] was good ."]
+# Of two lengths: each is compiled once more alone.
+TEXTS = ["the film was not good", "[UNK] was not good .", "the", "good"]
 METHODS = ("attention_rollout", "saliency")
 
 
@@ -34,20 +36,23 @@ def folder(tmp_path):
 @pytest.fixture
 def texts(tmp_path):
     path = tmp_path / "texts.jsonl"
-    lines = [json.dumps({"text": text, "id": text[:8]}) for text in TEXTS]
-    path.write_text("\n".join([*lines, json.dumps({"text": "good " * 99})]) + "\n")
+    named = dict(zip(["a", "b", "c", "d"], TEXTS, strict=True))
+    named |= {"special": "[SEP]", "none": "", "long": "good " * 99}
+    lines = [json.dumps({"text": text, "id": name}) for name, text in named.items()]
+    path.write_text("\n".join(lines) + "\n")
     return path
 
 
 @pytest.mark.parametrize("name", ["bert_sequence", "gpt2_sequence"])
 def test_padded_texts_are_as_they_are_alone(name, folder, texts, tmp_path):
+    """27: nothing but special tokens is explained, no text at all is not."""
     model = folder(name)
     given = {"model": str(model), "data": str(texts), "methods": METHODS}
     given["buckets"] = audit.Buckets(column="tokens", lengths=(4, 8))
     out = tmp_path / "out"
     done = harness.run(out, **given, microbatch=2)
-    assert done.bitwise and done.explained == 4
-    assert done.reasons == {"TOO_LONG": 1}
+    assert done.bitwise and done.explained == 5
+    assert done.reasons == {"EMPTY": 1, "TOO_LONG": 1}
     forward, parameters = xv.models.load(model).functional()
     encode = xv.models.text(model)
     last = name.startswith("gpt2")
@@ -55,7 +60,12 @@ def test_padded_texts_are_as_they_are_alone(name, folder, texts, tmp_path):
         "attention_rollout": xv.attention_rollout(forward, query=-1 if last else 0),
         "saliency": xv.saliency(forward, argnums=1),
     }
-    for row, text in zip(harness.read(out).to_pylist(), TEXTS, strict=True):
+    rows = harness.read(out).to_pylist()
+    assert rows[4]["id"] == "special" and rows[4]["status"] == "OK"
+    length = [3 if name.startswith("bert") else 1]
+    assert rows[4]["shapes"] == dict.fromkeys(METHODS, length)
+    assert all(np.isfinite(rows[4]["scores"][each]).all() for each in METHODS)
+    for row, text in zip(rows[:4], TEXTS, strict=True):
         ids = encode(text).ids
         for method, explain in methods.items():
             expected = jax.jit(explain)(parameters, ids)
@@ -68,7 +78,7 @@ def test_padded_texts_are_as_they_are_alone(name, folder, texts, tmp_path):
 
 def test_weights_that_changed_or_are_bad(folder, texts, tmp_path):
     """21, 22, 23."""
-    model, out = folder("gpt2_sequence"), tmp_path / "out"
+    model, out, fresh = folder("gpt2_sequence"), tmp_path / "out", tmp_path / "fresh"
     given = {"model": str(model), "data": str(texts), "methods": ("saliency",)}
     given["buckets"] = audit.Buckets(column="tokens", lengths=(8,))
     harness.run(out, **given)
@@ -77,19 +87,24 @@ def test_weights_that_changed_or_are_bad(folder, texts, tmp_path):
     changed = bytearray(original)
     changed[-3] ^= 1
     path.write_bytes(changed)
-    with pytest.raises(audit.Changed, match="weights"):
-        harness.run(out, **given)
-    path.write_bytes(original[:-100])
-    with pytest.raises(ValueError, match=r"model\.safetensors"):
-        harness.run(out, **given)
-    name = next(iter(tensors))
-    spoilt = np.array(tensors[name])
+    harness.refused(out, "weights", audit.Changed, **given)
+    name = next(key for key, each in tensors.items() if len({*each.shape}) > 1)
+    spoilt = tensors[name].copy()
     spoilt.flat[0] = np.nan
-    save_file({**tensors, name: spoilt}, path)
-    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
-        harness.run(out, **given)
-    save_file({key: value for key, value in tensors.items() if key != name}, path)
-    with pytest.raises(ValueError, match="missing tensors"):
-        harness.run(out, **given)
+    turned = np.ascontiguousarray(tensors[name].T)
+    without = {key: value for key, value in tensors.items() if key != name}
+    for spoil, said in {
+        lambda: path.write_bytes(original[:-100]): r"model\.safetensors",
+        lambda: save_file({**tensors, name: spoilt}, path): re.escape(name),
+        lambda: save_file(without, path): "missing tensors",
+        lambda: save_file({**tensors, "extra": turned}, path): "extra",
+        lambda: save_file({**tensors, name: turned}, path): "shape",
+    }.items():
+        spoil()
+        harness.refused(fresh, said, **given)
+    assert not harness.written(fresh)
     path.write_bytes(original)
     assert harness.run(out, **given).computed == 0
+    assert harness.run(fresh, **given).state == "complete"
+    ids = ["a", "b", "c", "d", "special", "none", "long"]
+    harness.check(fresh, harness.bits(out), ids)

@@ -6,6 +6,9 @@ Numbers are those of the fault table the audit was designed by.
 import dataclasses
 import errno
 import json
+import re
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +25,9 @@ IDS = [f"r{number}" for number in range(40)]
 
 
 @pytest.fixture
-def done(clean, tmp_path):
+def done(finished, tmp_path):
     """A finished run, to be damaged."""
-    summary = harness.run(tmp_path)
-    assert summary.state == "complete" and summary.computed == 5
-    harness.check(tmp_path, clean)
-    return tmp_path
+    return Path(shutil.copytree(finished, tmp_path, dirs_exist_ok=True))
 
 
 def test_resume_with_other_devices_and_elsewhere(clean, tmp_path):
@@ -46,55 +46,81 @@ def test_resume_with_other_devices_and_elsewhere(clean, tmp_path):
     harness.check(tmp_path, clean)
 
 
-def other(name):
+def others():
+    """What changes the rows of a run, by what the refusal says of it."""
     weights = tiny.WEIGHTS.copy()
     weights[0, 0] += 1e-6
+    model = dataclasses.replace(tiny.MODEL, parameters=jnp.asarray(weights))
     return {
-        "weights": {
-            "model": dataclasses.replace(tiny.MODEL, parameters=jnp.asarray(weights))
-        },
-        "methods.saliency": {"methods": ("input_x_gradient",)},
-        "target": {"target": 2},
-        "microbatch": {"microbatch": 8},
-        "source": {"data": tiny.Records(order=[*range(40)])},
-        "seed": {"seed": 1},
-        "records": {"limit": 39},
-    }[name]
+        "weights: ": {"model": model},
+        "methods.saliency: {} -> None": {"methods": ("input_x_gradient",)},
+        "target: None -> 2": {"target": 2},
+        "microbatch: 4 -> 8": {"microbatch": 8},
+        "source: ": {"data": tiny.Records(order=[*range(40)])},
+        "seed: 0 -> 1": {"seed": 1},
+        "records: 40 -> 39": {"limit": 39},
+    }
 
 
-@pytest.mark.parametrize("name", ["weights", "methods.saliency", "target", "source"])
-def test_a_changed_run_is_refused(name, done, clean):
-    """7."""
+def test_a_changed_run_is_refused(done, clean):
+    """6, 7: of a microbatch too, on which bits depend."""
     before = harness.bits(done)
-    with pytest.raises(
-        audit.Changed, match=rf"--new-run to put it aside:\n(.|\n)*{name}"
-    ):
-        harness.run(done, **other(name))
-    assert harness.bits(done) == before
-    found = harness.run(done, new_run=True, **other(name))
+    for said, options in others().items():
+        wanted = rf"--new-run to put it aside:(.|\n)*\n  {re.escape(said)}"
+        harness.refused(done, wanted, audit.Changed, **options)
+    harness.check(done, clean)
+    assert harness.run(done).computed == 0
+    found = harness.run(done, new_run=True, **others()["weights: "])
     assert found.state == "complete" and found.computed == 5
     (aside,) = (done / "previous").iterdir()
     assert harness.bits(aside) == before
+    assert harness.bits(done).keys() == before.keys()
+    assert not {*harness.bits(done).values()} & {*before.values()}
 
 
-def test_another_version_or_device_is_refused(done, monkeypatch):
+def test_another_baseline_is_refused(tmp_path):
+    """7."""
+    path = lambda baseline: {
+        "methods": {"integrated_gradients": {"steps": 2, "baseline": baseline}},
+        "data": tiny.Records(8),
+    }
+    assert harness.run(tmp_path, **path(0.0)).explained == 8
+    wanted = r"methods\.integrated_gradients\.baseline: 0\.0 -> 0\.5"
+    harness.refused(tmp_path, wanted, audit.Changed, **path(0.5))
+    assert harness.run(tmp_path, **path(0.0)).computed == 0
+
+
+def test_another_version_or_device_is_refused(done, clean, monkeypatch):
     """7."""
     monkeypatch.setattr("xviz_jax.audit.job.__version__", "0.0.1")
-    with pytest.raises(audit.Changed, match=r"numerics\.xviz_jax: '.*' -> '0\.0\.1'"):
-        harness.run(done)
+    wanted = r"numerics\.xviz_jax: '.*' -> '0\.0\.1'"
+    harness.refused(done, wanted, audit.Changed)
     monkeypatch.undo()
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        wanted = r"numerics\.optimized: True -> False"
+        harness.refused(done, wanted, audit.Changed)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
     text = (done / "run.json").read_text()
     (done / "run.json").write_text(text.replace('"seed": 0', '"seed": 7'))
-    with pytest.raises(ValueError, match=r"run\.json is no run's fingerprint"):
-        harness.run(done)
+    harness.refused(done, r"run\.json is no run's fingerprint")
+    (done / "run.json").write_text(text)
+    assert harness.run(done).computed == 0
+    harness.check(done, clean)
 
 
 def test_weights_that_a_function_closes_over(tmp_path, monkeypatch):
-    """37."""
-    harness.run(tmp_path, model=tiny.dense)
+    """37: they are part of what a run is, whatever was compiled before."""
+    given = {"model": tiny.dense, "data": tiny.Records(8)}
+    harness.run(tmp_path / "a", **given)
+    before = harness.bits(tmp_path / "a")
     monkeypatch.setattr(tiny, "WEIGHTS", tiny.WEIGHTS + 1)
-    with pytest.raises(audit.Changed, match="weights"):
-        harness.run(tmp_path, model=tiny.dense)
+    harness.refused(tmp_path / "a", "weights", audit.Changed, **given)
+    harness.run(tmp_path / "a", new_run=True, **given)
+    harness.run(tmp_path / "b", **given)
+    harness.check(tmp_path / "a", harness.bits(tmp_path / "b"))
+    assert not {*before.values()} & {*harness.bits(tmp_path / "b").values()}
 
 
 def test_two_runners(done, clean):
@@ -109,10 +135,11 @@ def test_two_runners(done, clean):
     harness.check(done, clean)
 
 
-def test_a_lock_outlives_no_process(done):
+def test_a_lock_outlives_no_process(done, clean):
     """41. What the file says of a living process does not count; the kernel does."""
     (done / "lock").write_text(json.dumps({"host": "here", "process": 1}))
     assert harness.run(done).state == "complete"
+    harness.check(done, clean)
 
 
 @pytest.mark.parametrize("place", ["after_tmp@3:full", "after_fsync@4:full"])
@@ -245,20 +272,23 @@ def test_numbers_that_are_none(clean, tmp_path):
     ]
 
 
-def test_outputs_that_are_no_numbers(clean, tmp_path):
+def test_outputs_that_are_no_numbers(tmp_path):
     """24."""
     model = lambda weights, x: tiny._forward(weights, x) + 0 * jnp.exp(x[0] / 1e3)
     model = dataclasses.replace(tiny.MODEL, forward=model)
     source = tiny.Records(count=8, faults={4: "huge"})
-    found = harness.run(tmp_path, data=source, model=model)
+    found = harness.run(tmp_path / "out", data=source, model=model)
     assert found.reasons == {"NONFINITE_OUTPUT": 1} and found.explained == 7
+    harness.run(tmp_path / "clean", data=tiny.Records(count=8), model=model)
+    harness.check(tmp_path / "out", harness.bits(tmp_path / "clean"))
 
 
 def test_too_many_bad_records_end_a_run_early(clean, tmp_path):
     """25, 26."""
-    with pytest.raises(Unusable, match=r"none of the first 1000 .*UNDECODABLE"):
-        faults = dict.fromkeys(range(5000), "UNDECODABLE")
-        harness.run(tmp_path / "all", data=tiny.Records(5000, faults))
+    every = tiny.Records(5000, dict.fromkeys(range(5000), "UNDECODABLE"))
+    wanted = r"none of the first 1000 .*UNDECODABLE"
+    harness.refused(tmp_path / "all", wanted, Unusable, data=every)
+    assert not harness.written(tmp_path / "all")
     faults = dict.fromkeys(range(8, 5000), "UNDECODABLE")
     source, out = tiny.Records(5000, faults), tmp_path / "most"
     found = harness.run(out, data=source, max_bad_fraction=0.01, shard_size=100)
@@ -271,6 +301,7 @@ def test_too_many_bad_records_end_a_run_early(clean, tmp_path):
     )
     found = harness.run(out, data=source, max_bad_fraction=1.0, shard_size=100)
     assert found.state == "complete" and found.quarantined == 4992
+    harness.check(out, clean, [f"r{number}" for number in range(5000)])
 
 
 class Tokens:
@@ -355,7 +386,7 @@ def test_fewer_microbatches_in_flight_are_the_same_bits(clean, tmp_path, monkeyp
     assert {size for size, _ in tried} == {4}
 
 
-def test_a_smaller_microbatch_has_another_name(clean, tmp_path, monkeypatch):
+def test_a_smaller_microbatch_has_another_name(tmp_path, monkeypatch):
     """30."""
     proved = []
 
@@ -378,38 +409,47 @@ def test_a_smaller_microbatch_has_another_name(clean, tmp_path, monkeypatch):
     assert min(size for size, _ in tried) == 2
 
 
-def test_a_record_for_which_there_is_no_memory(tmp_path, clean):
+def test_a_record_for_which_there_is_no_memory(tmp_path):
     """31, 32: a real allocation fails, and others keep their microbatch."""
+    out, model = tmp_path / "out", "tests.audit.tiny:hungry"
     source = tiny.Records(12, {5: "long", 6: "long"})
-    found = harness.run(tmp_path, model="tests.audit.tiny:hungry", data=source)
+    found = harness.run(out, model=model, data=source)
     assert found.state == "complete"
-    assert harness.quarantined(tmp_path) == {"r5": "OOM", "r6": "OOM"}
+    assert harness.quarantined(out) == {"r5": "OOM", "r6": "OOM"}
     assert len(found.numerics) == 1
+    harness.run(tmp_path / "clean", model=model, data=tiny.Records(12))
+    harness.check(out, harness.bits(tmp_path / "clean"))
 
 
 def test_a_path_that_is_not_resolved(tmp_path):
-    """39."""
-    found = harness.run(
-        tmp_path,
-        model="tests.audit.tiny:steps",
-        methods={"integrated_gradients": {"max_evaluations": 17, "tolerance": 1e-4}},
-        data=tiny.Records(8),
-    )
+    """39: its value is kept and marked, and is the same whoever is beside it."""
+    options = {"max_evaluations": 17, "tolerance": 1e-4}
+    given = {
+        "model": "tests.audit.tiny:steps",
+        "methods": {"integrated_gradients": options},
+        "data": tiny.Records(8),
+    }
+    found = harness.run(tmp_path / "a", **given)
     assert found.unconverged == found.explained == 8
-    for row in harness.read(tmp_path).to_pylist():
+    for row in harness.read(tmp_path / "a").to_pylist():
         assert row["status"] == "UNCONVERGED"
         assert row["diagnostics"]["integrated_gradients"]["converged"] is False
         assert any(row["scores"]["integrated_gradients"])
+    harness.run(tmp_path / "b", **given, shard_size=3)
+    harness.check(tmp_path / "a", harness.bits(tmp_path / "b"))
 
 
-def test_no_attention_to_explain(tmp_path):
-    """40."""
-    with pytest.raises(ValueError, match="attention"):
-        harness.run(tmp_path, methods=("attention_rollout",))
-    assert not (tmp_path / "run.json").exists()
+def test_a_refused_model_leaves_nothing(clean, tmp_path):
+    """36, 40: and does not stand in the way of a good one."""
+    random = "tests.audit.tiny:random"
+    harness.refused(tmp_path, "draws random numbers", model=random)
+    harness.refused(tmp_path, "attention", methods=("attention_rollout",))
+    assert not harness.written(tmp_path)
+    assert harness.run(tmp_path).state == "complete"
+    harness.check(tmp_path, clean)
 
 
-def test_a_model_that_fails_on_one_record(tmp_path, clean):
+def test_a_model_that_fails_on_one_record(tmp_path):
     """28: what the model raises is that record's, whatever it is."""
 
     def forward(weights, x):
@@ -424,13 +464,15 @@ def test_a_model_that_fails_on_one_record(tmp_path, clean):
         return tiny._forward(weights, x + 0 * seen)
 
     model = dataclasses.replace(tiny.MODEL, forward=forward)
-    source = tiny.Records(8, {4: "huge"})
-    found = harness.run(tmp_path, model=model, data=source)
-    assert harness.quarantined(tmp_path) == {"r4": "FAILED"}
+    out, source = tmp_path / "out", tiny.Records(8, {4: "huge"})
+    found = harness.run(out, model=model, data=source)
+    assert harness.quarantined(out) == {"r4": "FAILED"}
     assert found.explained == 7
+    harness.run(tmp_path / "clean", model=model, data=tiny.Records(8))
+    harness.check(out, harness.bits(tmp_path / "clean"))
 
 
-def test_marks_of_shards_under_way(tmp_path, clean):
+def test_marks_of_shards_under_way(tmp_path):
     """33: one death is bad luck, two in one shard are a reason."""
     marks = state.Marks(tmp_path)
     marks.begin(3)

@@ -13,22 +13,22 @@ pytestmark = pytest.mark.skipif(
 IDS = [f"r{number}" for number in range(40)]
 
 
-def test_a_worker_that_is_killed_in_a_shard(clean, tmp_path):
-    """10: Ray starts another, the run completes, and a rerun has nothing to do."""
-    note = str(tmp_path / "note")
-    source = {"faults": {19: "once"}, "note": note}
-    options = {"engine": "ray", "ray": {"actors": 2}, "source": source}
-    process = harness.start(tmp_path / "out", **options)
-    code, said, errors = harness.ended(process, timeout=300)
+def test_a_worker_that_dies_for_good(clean, tmp_path):
+    """10: the other one does what it held, and a rerun has nothing to do."""
+    out, note = tmp_path / "out", tmp_path / "note"
+    source = {"faults": {19: "once"}, "note": str(note)}
+    options = {"engine": "ray", "ray": {"actors": 2, "restarts": 0}, "source": source}
+    code, said, errors = harness.ended(harness.start(out, **options), timeout=300)
     assert code == 0, errors
-    assert (tmp_path / "note").exists()
+    assert note.exists()
     assert "5 of 5 shards" in said
-    harness.check(tmp_path / "out", clean)
-    assert harness.run(tmp_path / "out").computed == 0
+    assert "is given up, workers left: 1" in (out / "audit.log").read_text()
+    harness.check(out, clean)
+    assert harness.run(out).computed == 0
 
 
 def test_a_record_that_kills_every_worker(clean, tmp_path):
-    """34."""
+    """34: Ray starts it again each time."""
     source = {"faults": {21: "kill"}}
     ray = {"actors": 1, "retries": 0}
     process = harness.start(tmp_path, engine="ray", ray=ray, source=source)

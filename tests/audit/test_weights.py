@@ -73,12 +73,12 @@ def test_a_checkpoint_of_another_hash_and_one_on_all_devices(folder, texts, tmp_
     assert not (out / "run.json").exists()
     path.write_bytes(original)
     one = harness.run(out, **given, weights_sha256=known)
-    assert one.explained == 4 and len(one.devices) == 1
+    assert one.explained == 5 and len(one.devices) == 1
     with pytest.raises(ValueError, match="is for a checkpoint"):
         harness.run(out, weights_sha256=known)
     # The same checkpoint, spread over the devices of the worker.
     split = harness.run(tmp_path / "split", **given, split=True)
-    assert split.bitwise and split.explained == 4
+    assert split.bitwise and split.explained == 5
     assert len(split.devices) == jax.local_device_count() == 4
     for here, there in zip(
         harness.read(tmp_path / "split").to_pylist(),
@@ -99,7 +99,7 @@ def test_a_checkpoint_of_another_hash_and_one_on_all_devices(folder, texts, tmp_
     name = next(iter(tensors))
     save_file({**tensors, name: np.full_like(tensors[name], np.nan)}, path)
     given |= {"max_bad_fraction": 1.0, "allow_nonfinite": True}
-    assert harness.run(tmp_path / "nan", **given).quarantined == 5
+    assert harness.run(tmp_path / "nan", **given).quarantined == 7
 
 
 def test_a_header_that_names_a_tensor_twice(folder):

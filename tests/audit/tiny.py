@@ -83,10 +83,18 @@ def hungry(x):
     return dense(x[:8])
 
 
+def _sleeping(value):
+    time.sleep(3600 * (np.asarray(value) > 70))
+    return value
+
+
 def endless(x):
     """Never done with a record that begins with 77."""
-    value = jax.lax.while_loop(
-        lambda v: v > 70, lambda v: 71 + jnp.sin(v) ** 2, jax.lax.stop_gradient(x[0])
+    value = jax.pure_callback(
+        _sleeping,
+        jax.ShapeDtypeStruct((), jnp.float32),
+        jax.lax.stop_gradient(x[0]),
+        vmap_method="sequential",
     )
     return dense(x) + 0 * value
 
@@ -95,8 +103,8 @@ class Records:
     """Records 0 to `count`, and what is wrong with some.
 
     `faults` names by number: a reason to refuse it, `nan`, `inf`, `huge`, `long`,
-    `endless`, `surrogate`; `hang` and `kill` happen to the process that reads it,
-    `once` kills the first such process only, and `slow` takes a while.
+    `endless`, `surrogate`; `hang`, `kill` and `memory` happen to the process that
+    reads it, the last as where memory ends; `once` kills the first such process only.
     """
 
     def __init__(self, count=40, faults=None, order=None, note="", pause=0.0):
@@ -120,8 +128,8 @@ class Records:
             if not note.exists():
                 note.write_text("")
                 os.kill(os.getpid(), signal.SIGKILL)
-        elif fault == "slow":
-            time.sleep(0.2)
+        elif fault == "memory":
+            os.kill(os.getpid(), signal.SIGKILL)
         elif fault == "surrogate":
             return Record("\ud800", {"x": x}, 0)
         elif fault in ("nan", "inf", "huge", "endless"):

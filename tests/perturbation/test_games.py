@@ -156,9 +156,9 @@ def test_sampling_errs_by_its_standard_error(method):
 
 
 def test_too_few_samples_are_marked():
-    explain = xv.kernel_shap(lambda x: x.sum()[None], samples=4)
+    explain = jax.jit(xv.kernel_shap(lambda x: x.sum()[None], samples=4))
     assert not explain(jnp.ones(12), key=KEY).diagnostics["converged"]
-    few = xv.shapley_value_sampling(lambda x: x.sum()[None], samples=2)
+    few = jax.jit(xv.shapley_value_sampling(lambda x: x.sum()[None], samples=2))
     error = few(jnp.ones(3), key=KEY).diagnostics["standard_error"]
     assert np.isnan(error).all()
 

@@ -70,7 +70,7 @@ def start(
       Preempted: If someone asked for an end.
     """
     if kind == "ray":
-        found = Cluster(job, ray, stop, deadline)
+        found = Cluster(job, ray, stop, deadline, log.say)
         return Engine(
             found.describe(),
             found.prove,
@@ -83,13 +83,16 @@ def start(
         log.say("computing in a process of its own")
         return _apart(isolated, marks, deadline)
     marks.begin(START)
-    started = Background(Worker, job)
-    if not _came(started, deadline, stop):
-        log.say("the first records hang: going on in a process of its own")
-        return _apart(isolated, marks, deadline, hung=True)
-    worker = started.answer()
-    said = worker.describe()
-    marks.end(START)
+    try:
+        started = Background(Worker, job)
+        if not _came(started, deadline, stop):
+            log.say("the first records hang: going on in a process of its own")
+            return _apart(isolated, marks, deadline, hung=True)
+        worker = started.answer()
+        said = worker.describe()
+    finally:
+        # Whatever was wrong with the call, this process has survived it.
+        marks.end(START)
     running: list[Local] = []
 
     def results(

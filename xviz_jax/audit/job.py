@@ -83,6 +83,7 @@ _SETTINGS = (
     "jax_num_cpu_devices",
     "jax_enable_x64",
     "jax_default_matmul_precision",
+    "jax_disable_most_optimizations",
     "jax_default_prng_impl",
     "jax_threefry_partitionable",
     "jax_compilation_cache_dir",
@@ -106,7 +107,9 @@ def configure(settings: Mapping[str, Any]) -> None:
 
 
 def _setting(name: str) -> Any:
-    return getattr(jax.config, name)
+    # Settings with a context manager are attributes, and cannot be read otherwise.
+    known = hasattr(jax.config, name)
+    return getattr(jax.config, name) if known else jax.config.read(name)
 
 
 def numerics() -> dict[str, Any]:
@@ -122,6 +125,7 @@ def numerics() -> dict[str, Any]:
         "libtpu_flags": _flags("LIBTPU_INIT_ARGS"),
         "matmul_precision": str(_setting("jax_default_matmul_precision")),
         "x64": bool(_setting("jax_enable_x64")),
+        "optimized": not _setting("jax_disable_most_optimizations"),
         "random": str(_setting("jax_default_prng_impl")),
         "random_partitionable": bool(_setting("jax_threefry_partitionable")),
     }

@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from xviz_jax.plotting.image_attribution import image_attribution
+from xviz_jax.plotting.text_attribution import drawable
 
 
 def gallery(
@@ -45,7 +46,8 @@ def gallery(
         if titles is not None:
             color = "tab:red" if column in marked else "black"
             # A label is data: a dollar sign in it must not start a formula.
-            top.set_title(titles[column], fontsize=8, color=color, parse_math=False)
+            title = drawable(titles[column])
+            top.set_title(title, fontsize=8, color=color, parse_math=False)
         for row, scores in enumerate(attributions.values(), start=1):
             ax = grid[row, column]
             image_attribution(scores[column], images[column], ax=ax)
