@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from attention_rows import status
 from timing import arguments, paired, replace_section, report
 
 from xviz_jax import audit
@@ -166,8 +167,6 @@ def layers(weights, image):
 
 
 def measured(options: dict) -> None:
-    import resource
-
     draw = np.random.default_rng(0).standard_normal
     weights = draw((32, 784), np.float32) / 28, draw((10, 32), np.float32)
     model = audit.Model(forward=layers, parameters=weights, columns=("image",))
@@ -178,7 +177,8 @@ def measured(options: dict) -> None:
         methods=("saliency",),
         microbatch=64,
     )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # What `getrusage` gives begins with the parent's.
+    peak = status("VmHWM") / 2**20
     print(json.dumps({"seconds": done.seconds, "peak": peak}))
 
 

@@ -60,6 +60,8 @@ def measured(folder: Path, count: int, kills: int) -> list[str]:
             continue
         ended(process)
         break
+    if dead < kills:
+        raise SystemExit(f"it ended after {dead} of {kills} kills")
     spent = time.perf_counter() - spent
     begin = time.perf_counter()
     ended(start(data, killed))
