@@ -27,15 +27,18 @@ FLOORS = {
     # What it found draws itself, once it is asked to.
     "comparison": {
         "attribution", "baselines", "batch", "chunks", "metrics", "perturbation",
-        "plotting",
+        "plotting", "tracing",
+    },
+    "compare_subject": {
+        "arrays", "attribution", "baselines", "doctor", "explain", "metrics",
+        "models", "perturbation",
     },
     "compare_command": {
-        "arrays", "attribution", "baselines", "comparison", "doctor", "escape",
-        "explain", "metrics", "models", "perturbation",
+        "attribution", "compare_subject", "comparison", "escape", "explain", "metrics",
     },
     "demo": {
-        "attention", "attribution", "batch", "compare_command", "comparison",
-        "gradients", "models", "plotting",
+        "attention", "attribution", "batch", "compare_command", "compare_subject",
+        "comparison", "gradients", "models", "plotting",
     },
     "methods": {"attribution"},
     "doctor": {"attention", "models", "tracing"},

@@ -192,8 +192,14 @@ def _compare_arguments(commands: Any) -> None:
     compare.add_argument(
         "--data",
         type=Path,
-        help="a .npy file of records, or an .npz file with `records`, and `targets` "
-        "and `slices` if there are any; default: the embedded model's own images",
+        help="a .npy file of records, or an .npz file with `records`, and `targets`, "
+        "`slices` and the `mask` of padded texts if there are any; default: the "
+        "embedded model's own images",
+    )
+    compare.add_argument(
+        "--against",
+        metavar="TEXT_OR_IMAGE",
+        help="explain the cosine with its features, for a model without classes",
     )
     compare.add_argument(
         "--methods",

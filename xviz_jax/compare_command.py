@@ -9,18 +9,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from xviz_jax import arrays, baselines, doctor, explain, metrics, models
+from xviz_jax import explain, metrics
 from xviz_jax.attribution import Attribution
-from xviz_jax.comparison import CEILING, CONTROLS, Comparison, compare
+from xviz_jax.compare_subject import Subject, groups_of, positions_of, subject_of
+from xviz_jax.comparison import CEILING, CONTROLS, Comparison, compare, in_words
 from xviz_jax.escape import terminal
-from xviz_jax.metrics.imputers import Imputer
-from xviz_jax.models import embedded
-from xviz_jax.perturbation import patches
 
 METHODS = (
     "attention_rollout",
@@ -28,38 +25,8 @@ METHODS = (
     "saliency",
     "input_x_gradient",
 )
-# The side of a feature of the embedded model's images, in pixels.
-PATCH = 4
 # Less than a ranking of patches shows.
 _TOLERANCE = 0.1
-_BLUR = 4.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Subject:
-    """A model and the records that its explanations are compared on.
-
-    Attributes:
-      forward: A function of `(*shared, x, *rest)`.
-      shared: Its parameters, or nothing.
-      records: A row for each record.
-      imputers: What takes the place of absent features.
-      baseline: Where a path starts.
-      query: The position that attention methods explain.
-      patch: The side of a feature, of images.
-      slices: A label for each record, or None.
-      targets: A class for each record; None for the predicted ones.
-    """
-
-    forward: Callable[..., jax.Array]
-    shared: tuple[Any, ...]
-    records: np.ndarray
-    imputers: Sequence[Imputer] | None = None
-    baseline: Any = None
-    query: int = 0
-    patch: int | None = None
-    slices: np.ndarray | None = None
-    targets: np.ndarray | None = None
 
 
 def run(
@@ -70,6 +37,7 @@ def run(
     out: Path,
     console: Console,
     *,
+    against: str | None = None,
     patch: int | None = None,
     steps: int = 8,
     microbatch: int = 8,
@@ -80,12 +48,14 @@ def run(
     Args:
       model: `embedded`, a checkpoint's folder, or `package.module:function`.
       data: A `.npy` file with a row for each record, or an `.npz` file with `records`
-        and, if there are any, `targets` and `slices`; None for the embedded model's own
-        images.
+        and, if there are any, `targets`, `slices` and, of padded texts, `mask`; None
+        for the embedded model's own images.
       methods: Names of methods in `xviz_jax`.
       limit: How many records, the first ones; None for all.
       out: Folder for `comparison.json` and `comparison.png`.
       console: Where to print.
+      against: A text or image file, whose cosine with the features of a model without
+        classes is explained.
       patch: The side of a feature in pixels, of images.
       steps: Points of a perturbation curve.
       microbatch: Records computed at once.
@@ -98,7 +68,7 @@ def run(
         raise ValueError(f"{out} is not a folder")
     if limit is not None and limit < 2:
         raise ValueError(f"`--limit` is at least 2, got {limit}")
-    subject = subject_of(model, data, limit)
+    subject = subject_of(model, data, limit, against)
     if patch is not None:
         subject = dataclasses.replace(subject, patch=patch)
     with console.status("comparing") as status:
@@ -110,12 +80,24 @@ def run(
             key=jax.random.key(seed),
             progress=lambda part: status.update(f"comparing: {part}"),
         )
-    console.print(table(found))
-    for name, sentence in found.verdict.items():
-        console.print(Text(terminal(f"{name}: {sentence}")))
+    show(found, console)
     write(found, out)
     console.print(Text(terminal(f"results in {out}")))
     return found
+
+
+def show(found: Comparison, console: Console) -> None:
+    """Prints the tables, the verdict, and features that carry one slice alone."""
+    console.print(table(found))
+    if any(method.slices for method in found.methods.values()):
+        console.print(slices_table(found))
+    lines = [f"{name}: {sentence}" for name, sentence in found.verdict.items()]
+    for name, method in found.methods.items():
+        lines += [
+            f"{name}, {slice_}: {in_words(*about)}" for slice_, *about in method.raised
+        ]
+    for line in lines:
+        console.print(Text(terminal(line)))
 
 
 def write(found: Comparison, out: Path) -> None:
@@ -137,20 +119,15 @@ def judged(
     progress: Callable[[str], Any] | None = None,
 ) -> Comparison:
     """Compares methods on the subject's records, at the granularity of its features."""
-    shape = subject.records.shape[1:]
-    groups = None
-    if subject.patch is not None:
-        height, width = _grid(shape)
-        groups = patches((height, width), subject.patch)
-        groups = groups.reshape(*groups.shape, *(1,) * (len(shape) - 2))
-        groups = np.broadcast_to(groups, shape).copy()
     return compare(
         subject.forward,
         methods,
-        subject.records,
+        (subject.records, *subject.rest),
         shared=subject.shared,
         targets=subject.targets,
-        groups=groups,
+        class_specific=not callable(subject.targets),
+        groups=groups_of(subject),
+        padding=subject.padding,
         positions=positions_of(subject, methods),
         imputers=subject.imputers,
         metrics=[
@@ -190,81 +167,25 @@ def explainers(
             # The batch fills the machine: one node of each record at a time.
             given |= {"tolerance": _TOLERANCE, "chunk": 1}
         chosen = {key: value for key, value in given.items() if key in options}
-        made[name] = known[name](subject.forward, **chosen)
+        if subject.rest and given["query"] == -1 and "query" in options:
+            made[name] = _at_the_last_token(known[name], subject, chosen)
+        else:
+            made[name] = known[name](subject.forward, **chosen)
     return made
 
 
-def subject_of(model: str, data: Path | None, limit: int | None) -> Subject:
-    """Finds the model and reads the records.
+def _at_the_last_token(
+    method: Callable, subject: Subject, options: dict[str, Any]
+) -> Callable[..., Attribution]:
+    """A method that explains the last position that is no padding."""
 
-    Raises:
-      ValueError: If there is no such model, or the file holds something else.
-    """
-    if model == "embedded":
-        return of_embedded(data, limit)
-    if data is None:
-        raise ValueError("pass `--data`: only the embedded model has its own")
-    records, targets, slices = _read(data, limit)
-    given = {"records": records, "targets": targets, "slices": slices}
-    if ":" in model and not Path(model).exists():
-        forward, _ = doctor.find_model(model)
-        return Subject(forward=forward, shared=(), **given)
-    loaded = models.load(Path(model), scan=True)
-    if loaded.gives == "features":
-        raise ValueError("the model has no classes; name a function that has")
-    reads = "position" in loaded.options
-    if reads != np.issubdtype(records.dtype, np.integer):
-        kind = "token ids, integers" if reads else "pixels, floats"
-        raise ValueError(f"the model reads {kind}; {data} holds {records.dtype}")
-    if not reads:
-        forward, parameters = loaded.functional()
-        # All vision models here cut images into patches, square in most.
-        side = max(loaded.config.patch)
-        return Subject(forward=forward, shared=(parameters,), patch=side, **given)
-    words = models.text(Path(model))
-    # A decoder is read at its last token.
-    position = loaded.options["position"]
-    position = -1 if position is None else position
-    forward, parameters = loaded.functional(position=position)
-    nothing = words.pad_id if words.mask_id is None else words.mask_id
-    return Subject(
-        forward=forward,
-        shared=(parameters,),
-        imputers=[
-            metrics.imputers.mask_token(nothing),
-            metrics.imputers.baseline(baselines.mean(0), name="mean"),
-        ],
-        baseline=baselines.tokens(words.pad_id),
-        query=position,
-        **given,
-    )
+    def explain(*args: Any, target: Any = None, key: Any = None) -> Attribution:
+        *_, mask = args
+        last = jnp.sum(mask.astype(jnp.int32)) - 1
+        made = method(subject.forward, **{**options, "query": last})
+        return made(*args, target=target, key=key)
 
-
-def of_embedded(data: Path | None, limit: int | None) -> Subject:
-    """The embedded model and its own images, or others."""
-    forward, parameters = embedded.functional()
-    targets = slices = None
-    if data is None:
-        records, labels = embedded.images()
-        records = records[:limit]
-        names = np.array(embedded.card()["classes"])[labels[: len(records)]]
-        # A slice of fewer records says nothing of its own.
-        counts = dict(zip(*np.unique(names, return_counts=True), strict=True))
-        slices = names if min(counts.values()) >= 8 else None
-    else:
-        records, targets, slices = _read(data, limit)
-    return Subject(
-        forward=forward,
-        shared=(parameters,),
-        records=records,
-        imputers=[
-            metrics.imputers.baseline(name="black"),
-            metrics.imputers.blur(_BLUR),
-        ],
-        patch=PATCH,
-        slices=slices,
-        targets=targets,
-    )
+    return explain
 
 
 def table(found: Comparison) -> Table:
@@ -296,67 +217,24 @@ def table(found: Comparison) -> Table:
     return shown
 
 
-def _read(
-    path: Path, limit: int | None
-) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """Records, and targets and slices where there are any."""
-    try:
-        found = arrays.load(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} holds no arrays: {error}") from error
-    if "" in found:
-        found = {"records": found[""]}
-    if "records" not in found:
-        raise ValueError(f"{path} has no `records`, only {sorted(found)}")
-    records = found["records"]
-    if records.ndim < 2 or len(records) < 2:
-        raise ValueError(f"{path} holds no rows of records: {list(records.shape)}")
-    cast = np.int32 if np.issubdtype(records.dtype, np.integer) else np.float32
-    rest = [found.get(name) for name in ("targets", "slices")]
-    targets, slices = (None if each is None else each[:limit] for each in rest)
-    return records[:limit].astype(cast), targets, slices
-
-
-def _grid(shape: Sequence[int]) -> tuple[int, int]:
-    if len(shape) not in (2, 3):
-        raise ValueError(
-            f"`--patch` is for images [height, width] or with channels, got "
-            f"{list(shape)}"
-        )
-    return shape[0], shape[1]
-
-
-def positions_of(
-    subject: Subject, methods: dict[str, Callable[..., Attribution]]
-) -> np.ndarray | None:
-    """The feature of each position that attention methods score.
-
-    The last positions are the model's own grid of patches, or its tokens; those before
-    them, a class token and registers, are no feature.
-    """
-    shape = subject.records.shape[1:]
-    row = jax.ShapeDtypeStruct(shape, jnp.asarray(subject.records[:0]).dtype)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    lengths = set()
-    for method in methods.values():
-        ask = lambda shared, x, key, method=method: method(*shared, x, key=key).scores
-        scores = jax.eval_shape(ask, subject.shared, row, key)
-        if getattr(scores, "shape", shape) not in (shape, shape[:1]):
-            lengths.add(scores.shape)
-    if not lengths:
-        return None
-    if len(lengths) > 1 or len(min(lengths)) != 1:
-        raise ValueError(f"scores of shapes {sorted(lengths)} fit no one input {shape}")
-    (count,) = lengths.pop()
-    if subject.patch is None:
-        length = shape[0]
-        return np.concatenate([np.full(count - length, -1), np.arange(length)])
-    height, width = _grid(shape)
-    side = int(np.sqrt(count))
-    if height != width or height % side or subject.patch % (height // side):
-        raise ValueError(
-            f"{count} positions are no square grid that patches of {subject.patch} "
-            f"pixels cut evenly, in an image of {list(shape)}; choose another --patch"
-        )
-    inner = patches((side, side), subject.patch // (height // side)).ravel()
-    return np.concatenate([np.full(count - side**2, -1), inner])
+def slices_table(found: Comparison) -> Table:
+    """Each slice's verdicts, with the features that carry it alone."""
+    shown = Table(
+        title="slices, with the features that carry one alone", title_justify="left"
+    )
+    shown.add_column("slice", overflow="fold")
+    shown.add_column("n", justify="right", no_wrap=True)
+    for name in found.methods:
+        shown.add_column(Text(terminal(name)), overflow="fold")
+    for slice_, count in found.settings["slices"].items():
+        cells = []
+        for method in found.methods.values():
+            word = method.slices[slice_].partition(":")[0]
+            raised = [
+                f"feature {feature}: {share.estimate:.0%}, else {elsewhere:.0%}"
+                for name, feature, share, elsewhere in method.raised
+                if name == slice_
+            ]
+            cells.append(Text("\n".join([word, *raised])))
+        shown.add_row(Text(terminal(slice_)), str(count), *cells)
+    return shown

@@ -1,5 +1,6 @@
 """The main job on the embedded default: both schools, a thousand images."""
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
-from xviz_jax import batch, compare_command
+from xviz_jax import batch, compare_command, compare_subject
 from xviz_jax.attention import attention_rollout
 from xviz_jax.attribution import Attribution
 from xviz_jax.comparison import CEILING, CONTROLS, Comparison
@@ -155,9 +156,7 @@ def run(
     (out / "summary.json").write_text(text)
     console.print(_table(summary))
     if verdict is not None:
-        console.print(compare_command.table(verdict))
-        for name, sentence in verdict.verdict.items():
-            console.print(f"{name}: {sentence}", markup=False)
+        compare_command.show(verdict, console)
     console.print(
         f"{limit} images, accuracy {summary['accuracy']:.1%}, "
         f"{summary['total_seconds']:.0f} s in all on {summary['device']}; "
@@ -211,7 +210,7 @@ def _summarise(
 
 def _compared(count: int, console: Console, seed: int) -> Comparison:
     """Which of the methods may be believed, on the first images."""
-    subject = compare_command.of_embedded(None, count)
+    subject = compare_subject.of_embedded(None, count)
     with console.status("comparing") as status:
         return compare_command.judged(
             subject,
@@ -231,7 +230,7 @@ def _findings(found: Comparison) -> dict[str, Any]:
             rows = places.setdefault(metric, {}).setdefault(imputer, {})
             for name in (*found.methods, *CONTROLS, CEILING):
                 place = found.summary(name, metric, imputer).place
-                rows[name] = None if place is None else [place.low, place.high]
+                rows[name] = None if place is None else dataclasses.asdict(place)
     return {
         "images": settings["records"],
         "features": settings["features"],

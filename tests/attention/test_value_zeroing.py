@@ -93,6 +93,8 @@ def test_every_row_of_the_float64_product(name):
     np.testing.assert_allclose(found.output, network(x).max(), rtol=1e-5)
     assert not np.asarray(found.scores)[~real].any()
     assert not np.asarray(found.scores)[:, ~real].any()
+    # The model's, the layers' as they are, and without each position.
+    assert found.diagnostics["evaluations"] == len(x) + 2
     if network.causal:
         assert not np.triu(found.scores, 1).any()
 

@@ -1,6 +1,9 @@
 """What a comparison is made of: controls, costs, refusals, files and pictures."""
 
+import dataclasses
+import io
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -8,12 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from matplotlib.figure import Figure
+from rich.console import Console
 
 import xviz_jax as xv
+from tests.comparison.sharing import Programs
 from tests.contract.quick import quick_compilation as quick_compilation
-from xviz_jax import cli, metrics
+from xviz_jax import cli, compare_command, metrics
 from xviz_jax.comparison import Comparison, Interval
+from xviz_jax.comparison.description import described
 from xviz_jax.comparison.result import CEILING, CONTROLS
 
 imputers = metrics.imputers
@@ -77,6 +84,37 @@ def test_what_is_measured(found):
     for test in found.tests:
         assert test.difference.low <= test.difference.estimate <= test.difference.high
     assert set(found.methods["attention"].slices) == {"0", "1"}
+    # How it was asked, as far as that can be read off.
+    assert found.settings["key"] == [0, 0]
+    assert found.settings["targets"] == "the predicted classes"
+    assert found.settings["explainers"] == {
+        "input_x_gradient": {"of": "input_x_gradient", "argnums": 0, "at": None},
+        "attention": "positions",
+        "broken": "broken",
+    }
+
+
+def test_what_a_method_was_made_with_is_read_off():
+    table = jnp.ones((30, 2))
+    path = xv.integrated_gradients(model, steps=12, baseline=xv.baselines.tokens(4))
+    found = described(xv.smooth(path, samples=6, noise=0.5))
+    assert {"of", "samples", "noise", "reduce", "explain"} <= set(found)
+    assert (found["samples"], found["noise"], found["reduce"]) == (6, 0.5, "mean")
+    inner = found["explain"]
+    assert inner["quadrature"]["steps"] == 12
+    assert inner["quadrature"]["rule"] == "gauss_legendre"
+    assert inner["asked"]["baseline"]["of"]["fill"] == 4
+    assert "model" not in inner["asked"]
+    adaptive = described(xv.integrated_gradients(model, tolerance=0.2, baseline=table))
+    assert adaptive["quadrature"]["tolerance"] == 0.2
+    assert adaptive["asked"]["baseline"] == "float32[30, 2]"
+    rollout = described(jax.jit(xv.attention_rollout(model, query=jnp.int32(3))))
+    assert (rollout["of"], rollout["query"]) == ("attention_rollout", 3)
+    assert described(partial(positions, key=jax.random.key(5))) == {
+        "of": "positions",
+        "key": [0, 5],
+    }
+    json.dumps([found, adaptive, rollout])
 
 
 def test_a_class_token_belongs_to_no_feature(found):
@@ -100,6 +138,106 @@ def test_failed_records_are_counted_and_not_dropped(found):
     # Where it says nothing it is worth what luck is worth.
     right = found.summary("attention", "abpc", "zeros").value.estimate
     assert 0 < summary.value.estimate < right
+
+
+def test_what_scores_do_not_change_with_is_noticed():
+    def made(scores):
+        def explain(weights, x, target=None, key=None):
+            found = scores(weights, x, target)
+            return xv.Attribution(scores=found, output=(x @ weights)[target])
+
+        return explain
+
+    more = lambda target: 1.0 + target.astype(jnp.float32)
+    explainers = {
+        "exact": made(lambda weights, x, target: x * weights[:, target]),
+        "input": made(lambda weights, x, target: x * more(target)),
+        "class": made(lambda weights, x, target: x * weights[:, 0] * more(target)),
+        "flat": made(lambda weights, x, target: jnp.zeros(6) * more(target)),
+        "some": made(
+            lambda weights, x, target: jnp.where(x[0] > 0, x * weights[:, target], 2.0)
+        ),
+    }
+    found = xv.compare(
+        lambda weights, x: x @ weights,
+        explainers,
+        records(),
+        shared=(WEIGHTS,),
+        targets=1,
+        imputers=ZEROS,
+        microbatch=24,
+        key=jax.random.key(0),
+    )
+    assert found.methods["exact"].word == "supported"
+    assert found.methods["exact"].untried == []
+    assert found.verdict["input"].startswith(
+        "not supported: random weights leave its scores as they are, rank correlation "
+        "1 [1, 1], n = 24"
+    )
+    assert found.verdict["class"].startswith(
+        "not supported: another class has the same scores, rank correlation 1 [1, 1]"
+    )
+    # What ranks nothing is not the same for all classes, it is nothing.
+    method = found.methods["flat"]
+    assert method.verdict == (
+        "not supported: it scores all features alike on 24 of 24 inputs"
+    )
+    assert method.untried == ["random weights", "another class"]
+    for similarity in (method.similarity_under_chance, method.similarity_of_classes):
+        assert similarity is not None
+        assert (similarity.records, similarity.undefined) == (24, 24)
+        assert np.isnan(similarity.value.estimate)
+    # And where it ranks something, it is that which is compared.
+    flat = int(np.sum(records()[:, 0] <= 0))
+    method = found.methods["some"]
+    assert method.flat == flat
+    assert method.similarity_of_classes is not None
+    assert method.similarity_of_classes.undefined == flat
+
+
+def test_padding_gets_nothing():
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(1, 9, (24, 6)).astype(np.int32)
+    lengths = rng.integers(3, 7, 24)
+    mask = np.arange(6) < lengths[:, None]
+    tokens = np.where(mask, tokens, 0)
+    table = jnp.asarray(rng.normal(size=(9, 3)), jnp.float32)
+
+    def text(tokens, mask):
+        return jnp.sum(table[tokens] * mask[:, None], axis=0)
+
+    def seen(tokens, mask, target=None, key=None):
+        scores = table[tokens, target] * mask
+        return xv.Attribution(scores=scores, output=text(tokens, mask)[target])
+
+    def filler(tokens, mask, target=None, key=None):
+        found = seen(tokens, mask, target)
+        return dataclasses.replace(found, scores=jnp.where(mask, found.scores, 0.1))
+
+    programs = Programs()
+
+    def compare(padding):
+        with programs.shared():
+            return xv.compare(
+                text,
+                {"seen": seen, "filler": filler},
+                (tokens, mask.astype(np.float32)),
+                padding=padding,
+                imputers=[imputers.baseline(), imputers.baseline(0.01, name="near")],
+                key=jax.random.key(0),
+            )
+
+    told = compare(~mask)
+    padded = int(np.sum(lengths < 6))
+    assert told.methods["seen"].padded == 0
+    assert told.methods["seen"].untried == ["random weights"]
+    assert told.verdict["filler"] == (
+        f"not supported: it gives padding a score on {padded} of 24 inputs"
+    )
+    untold = compare(None)
+    assert untold.methods["seen"].padded is None
+    assert untold.verdict["seen"].endswith("; not tried: random weights, padding")
+    assert untold.methods["filler"].word != "not supported"
 
 
 def test_a_ranking_that_changes_nothing_is_worth_nothing():
@@ -143,6 +281,8 @@ def test_a_comparison_is_the_same_after_saving(found, tmp_path):
     assert read.tests == found.tests
     # Broken scores have no shares on some records, which are null, not zero.
     assert json.loads(text)["methods"]["broken"]["not_finite"] > 0
+    assert read.methods["attention"] == found.methods["attention"]
+    assert read.settings == found.settings
     path.write_text("[]")
     with pytest.raises(ValueError, match="holds no comparison"):
         Comparison.load(path)
@@ -189,6 +329,8 @@ def test_the_figure(found):
         ({"targets": np.zeros(5, int)}, "`targets` are None"),
         ({"slices": np.arange(24)}, "at least two records"),
         ({"slices": np.zeros(5)}, "a label for each of 24 records"),
+        ({"padding": np.zeros((24, 5), bool)}, "`padding` is bool.24, 6., of"),
+        ({"padding": np.zeros((24, 6))}, "of each record's features, got float64"),
         ({"positions": np.arange(5)}, "`positions` are the numbers of 6 features"),
         ({"records": records()[:1]}, "at least two"),
         ({"key": None}, "`compare` is random"),
@@ -269,6 +411,40 @@ def test_oracle_before_leave_one_out_before_luck_before_the_inverse(name):
     assert list(np.argsort(-found)) == [0, 1, 2, 3], found
 
 
+def test_road_of_images_orders_them_so_too():
+    """Bright pixels apart on a dark ground, so that painting over takes them away."""
+    places = np.array([0, 2, 4, 12, 14, 16, 24, 26])
+
+    def model(image):
+        return jnp.append(redundant(image.ravel()[places]), 6.0)
+
+    metric = metrics.road(model, fractions=np.arange(1, 9) / 36, noise=0.0)
+    random = np.random.default_rng(3)
+    values = random.uniform(0.5, 1.5, (48, 6)).astype(np.float32)
+    values = np.repeat(values, [2, 2, 1, 1, 1, 1], axis=1)
+    images, oracle, left_out = (np.zeros((48, 36), np.float32) for _ in range(3))
+    images[:, places] = values
+    oracle[:, places] = values * np.concatenate([np.full(4, SHARED / 2 + OWN), OTHERS])
+    left_out[:, places] = values * np.concatenate([np.full(4, OWN), OTHERS])
+    luck = random.normal(size=images.shape)
+    scores = np.stack([oracle, left_out, luck, -oracle], axis=1).astype(np.float32)
+
+    @jax.jit
+    @jax.vmap
+    def measured(image, scores, key):
+        one = lambda each: metric(
+            image.reshape(6, 6), each.reshape(6, 6), target=0, key=key
+        )
+        return jax.vmap(lambda each: one(each).value)(scores)
+
+    keys = jax.random.split(jax.random.key(4), 48)
+    found = np.asarray(measured(images, scores, keys), np.float64).mean(axis=0)
+    assert metric.better == "lower"
+    assert list(np.argsort(found)) == [0, 1, 2, 3], found
+    # What is dark already says nothing.
+    assert found[3] == 1
+
+
 def test_the_command_compares_a_function(tmp_path, capsys):
     data, out = tmp_path / "data.npz", tmp_path / "out"
     np.savez(data, records=records(16), slices=np.array(["a", "b"] * 8))
@@ -281,7 +457,23 @@ def test_the_command_compares_a_function(tmp_path, capsys):
     assert set(read.methods["saliency"].slices) == {"a", "b"}
     for name, method in read.methods.items():
         assert f"{name}: {method.word}" in said
+    assert "slices, with the features that carry one alone" in said
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_raised_is_printed(found):
+    share = Interval(0.5, 0.4, 0.6)
+    method = dataclasses.replace(
+        found.methods["attention"], raised=[("1", 3, share, 0.05)]
+    )
+    console = Console(width=120, record=True, file=io.StringIO())
+    shown = dataclasses.replace(found, methods={**found.methods, "attention": method})
+    compare_command.show(shown, console)
+    said = console.export_text()
+    assert "feature 3: 50%, else 5%" in said
+    assert (
+        "attention, 1: feature 3 carries 0.5 [0.4, 0.6] of its scores, 0.05 elsewhere"
+    ) in said
 
 
 def test_the_command_compares_a_published_vision_transformer(tmp_path):
@@ -301,6 +493,60 @@ def test_the_command_compares_a_published_vision_transformer(tmp_path):
     assert sum(method.shares["all"]) == pytest.approx(1)
 
 
+def text_checkpoint(name, folder):
+    """A stored checkpoint with a tokenizer of its own, and padded texts for it."""
+    stored = Path(__file__).parents[1] / "models" / "goldens" / "text" / name
+    folder = shutil.copytree(stored, folder / name)
+    special = ["[PAD]", "[CLS]", "[SEP]", "[MASK]"]
+    words = {word: n for n, word in enumerate([*special, *map(str, range(4, 24))])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[PAD]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    rng = np.random.default_rng(0)
+    ids = rng.integers(4, 24, (10, 8))
+    ids[:, 0], lengths = 1, rng.integers(5, 9, 10)
+    ids[np.arange(10), lengths - 1] = 2
+    ids[np.arange(8) >= lengths[:, None]] = 0
+    np.save(folder / "texts.npy", ids)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("bert_sequence", "integrated_gradients"),
+        # Read at the last token that is no padding.
+        ("llama_sequence", "attention_relevance"),
+        ("bert", "saliency"),
+    ],
+)
+def test_the_command_compares_a_published_text_model(name, method, tmp_path, capsys):
+    folder = text_checkpoint(name, tmp_path)
+    asked = ["compare", "--model", str(folder), "--out", str(tmp_path / "out")]
+    asked += ["--data", str(folder / "texts.npy"), "--microbatch", "10"]
+    asked += ["--methods", method, "--steps", "2"]
+    classes = name != "bert"
+    if not classes:
+        # A model of features answers no question of its own.
+        assert cli.main(asked) == 2
+        assert "of `--against`" in capsys.readouterr().err
+        asked += ["--against", "7 9"]
+    assert cli.main(asked) == 0
+    read = Comparison.load(tmp_path / "out" / "comparison.json")
+    assert read.settings["features"] == 8
+    assert read.settings["class_specific"] == classes
+    found = read.methods[method]
+    assert found.padded == 0
+    assert found.untried == []
+    assert (found.similarity_of_classes is not None) == classes
+    made = read.settings["explainers"][method]
+    if method == "integrated_gradients":
+        # Padding stands for words, and what begins and ends a text stays.
+        fill = {"of": "tokens", "fill": 0, "keep": [1, 2]}
+        assert made["asked"]["baseline"]["of"] == fill
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -309,6 +555,7 @@ def test_the_command_compares_a_published_vision_transformer(tmp_path):
         (["--model", "nowhere:model", "--data", "x.npy"], "holds no arrays"),
         (["--model", "tests.comparison.test_comparison:model"], "pass `--data`"),
         (["--limit", "1"], "at least 2, got 1"),
+        (["--against", "a text"], "for a checkpoint without classes"),
         (["--data", "DATA"], "holds no rows of records"),
     ],
 )

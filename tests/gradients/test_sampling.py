@@ -64,6 +64,7 @@ def test_smooth_of_a_quadratic(reduce):
     ratio = np.sqrt((error**2).mean() / (stated**2).mean())
     assert 0.7 < ratio < 1.4
     np.testing.assert_allclose(found.output, jnp.full(40, quadratic(X)[0]), rtol=1e-5)
+    assert np.all(found.diagnostics["evaluations"] == samples)
 
 
 def test_the_predicted_class_is_that_of_the_clean_input():

@@ -63,6 +63,8 @@ def value_zeroing(
       - `mass`: sum of the scores;
       - `self_share`: the score of the explained position itself.
 
+      And, of the whole, `evaluations`: forward passes.
+
     Positions that no head of a layer attends score exactly zero there.
 
     Raises:
@@ -111,6 +113,7 @@ def value_zeroing(
             diagnostics={
                 "mass": jnp.sum(scores, axis=-1),
                 "self_share": jnp.sum(scores * own, axis=-1),
+                "evaluations": jnp.int32(each.shape[-1] + 2 + isinstance(query, str)),
             },
         )
 

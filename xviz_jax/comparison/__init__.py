@@ -6,5 +6,7 @@ from xviz_jax.comparison.result import CONTROLS as CONTROLS
 from xviz_jax.comparison.result import Comparison as Comparison
 from xviz_jax.comparison.result import Interval as Interval
 from xviz_jax.comparison.result import Method as Method
+from xviz_jax.comparison.result import Similarity as Similarity
 from xviz_jax.comparison.result import Summary as Summary
 from xviz_jax.comparison.result import Test as Test
+from xviz_jax.comparison.result import in_words as in_words

@@ -19,6 +19,7 @@ import numpy as np
 from xviz_jax import attribution, baselines, metrics
 from xviz_jax.attribution import Attribution
 from xviz_jax.comparison import measuring
+from xviz_jax.comparison.description import described
 from xviz_jax.comparison.judging import Judge
 from xviz_jax.comparison.problem import Problem
 from xviz_jax.comparison.result import CEILING, CONTROLS, Comparison
@@ -42,6 +43,7 @@ def compare(
     class_specific: bool = True,
     groups: Any = None,
     positions: Any = None,
+    padding: Any = None,
     imputers: Sequence[Imputer] | None = None,
     metrics: Sequence[Callable[..., Metric]] | None = None,
     slices: Sequence[Any] | np.ndarray | None = None,
@@ -60,9 +62,10 @@ def compare(
     position-only one, which is what the other records' features at the same places are
     worth; and leave-one-out, the yardstick. A method is
 
-    - *supported* if its scores are numbers and it converged on 99% of the records, if
-      it notices random weights, and if it beats both controls by every metric that is
-      evidence, under every imputer: the paired bootstrap interval is above zero;
+    - *supported* if on 99% of the records its scores are numbers, it converged and
+      padding has no score; if it notices random weights and another class; and if it
+      beats both controls by every metric that is evidence, under every imputer: the
+      paired bootstrap interval is above zero. What could not be tried is named;
     - *not supported* if one of these fails;
     - *not applicable* if it is the same for every class and the question is why this
       one;
@@ -92,6 +95,8 @@ def compare(
       positions: The feature of each position that attention methods score, int
         `[positions]`, -1 for none, as for a class token. By default positions are the
         features.
+      padding: Which features a record only has to fill it up, bool `[records,
+        features]`, for texts of one length. A method must give them nothing.
       imputers: What takes the place of absent features: at least two of
         `xv.metrics.imputers`. By default zeros and the input's mean; of tokens, the
         mean of its embeddings.
@@ -127,7 +132,7 @@ def compare(
         progress = lambda _: None
     _check(explainers, draws, resamples, level)
     problem, logits = _problem(
-        model, records, shared, targets, groups, positions, key, microbatch
+        model, records, shared, targets, groups, positions, padding, key, microbatch
     )
     members = _members(slices, problem.count)
     used = _imputers(imputers, problem)
@@ -148,6 +153,7 @@ def compare(
         problem=problem,
         explained=explained,
         members=members,
+        class_specific=class_specific,
         draws=draws,
         level=level,
         random=random,
@@ -181,6 +187,8 @@ def compare(
             "records": problem.count,
             "features": problem.features,
             "class_specific": class_specific,
+            "targets": _said(targets),
+            "explainers": {name: described(each) for name, each in explainers.items()},
             "evidence": list(EVIDENCE),
             "metrics": list(dict.fromkeys(each.metric for each in judge.summaries)),
             "imputers": [each.name for each in used],
@@ -191,6 +199,7 @@ def compare(
             "resamples": resamples,
             "level": level,
             "microbatch": microbatch,
+            "key": np.asarray(jax.random.key_data(key)).ravel().tolist(),
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
         },
@@ -222,6 +231,7 @@ def _problem(
     targets: Any,
     groups: Any,
     positions: Any,
+    padding: Any,
     key: Any,
     microbatch: int,
 ) -> tuple[Problem, np.ndarray]:
@@ -246,16 +256,24 @@ def _problem(
                 f"`positions` are the numbers of {features} features, or -1, one for "
                 f"each position; got {known.tolist()[:20]}"
             )
+    count = counts.pop()
+    filler = None if padding is None else np.asarray(padding)
+    if filler is not None and (filler.shape, filler.dtype) != ((count, features), bool):
+        raise ValueError(
+            f"`padding` is bool{[count, features]}, of each record's features, got "
+            f"{filler.dtype}{list(filler.shape)}"
+        )
     problem = Problem(
         model=model,
         shared=tuple(shared),
         args=args,
-        count=counts.pop(),
+        count=count,
         targets=None,
         question=targets if callable(targets) else None,
         labels=labels,
         features=features,
         positions=known,
+        padding=filler,
         key=attribution.require_key(key, "compare"),
         microbatch=microbatch,
     )
@@ -300,6 +318,16 @@ def _targets(targets: Any, logits: np.ndarray) -> np.ndarray | None:
     return chosen.astype(np.int32)
 
 
+def _said(targets: Any) -> str:
+    """What is explained, in words."""
+    if targets is None:
+        return "the predicted classes"
+    if callable(targets):
+        return "a function of the logits"
+    shape = np.shape(targets)
+    return f"class {targets}" if not shape else f"given, {list(shape)}"
+
+
 def _other_classes(
     problem: Problem, classes: int, random: np.random.Generator
 ) -> np.ndarray | None:
@@ -322,8 +350,7 @@ def _at_random(problem: Problem) -> tuple[Any, ...] | None:
 def _imputers(given: Sequence[Imputer] | None, problem: Problem) -> list[Imputer]:
     make = metrics.imputers
     if given is None:
-        explained = jax.tree.leaves(problem.args[0])
-        if any(np.issubdtype(leaf.dtype, np.integer) for leaf in explained):
+        if problem.of_tokens:
             mean = make.baseline(baselines.mean(0), name="mean")
             return [make.baseline(name="zeros"), mean]
         return [make.baseline(name="zeros"), make.mean()]

@@ -14,13 +14,17 @@ from xviz_jax.comparison.result import (
     CONTROLS,
     Interval,
     Method,
+    Similarity,
     Summary,
     Test,
+    in_words,
 )
 from xviz_jax.metrics.measurement import REASONS, Metric, Reason
 
 # Scores of another class that are this near, relatively, are the same.
 _SAME = 1e-5
+# Scores of one record that are this near are one number.
+_ROUNDING = 16 * np.finfo(np.float32).eps
 _EVIDENCE = ("abpc", "comprehensiveness")
 # Of a ranking that changes nothing, where others change something, these are 0.
 _CHANGES = (*_EVIDENCE, "sufficiency")
@@ -35,6 +39,7 @@ class Judge:
         problem: Problem,
         explained: Mapping[str, Explained],
         members: Mapping[str, np.ndarray],
+        class_specific: bool,
         draws: int,
         level: float,
         random: np.random.Generator,
@@ -46,13 +51,14 @@ class Judge:
           problem: The model and the records.
           explained: By method.
           members: Which records each slice has.
+          class_specific: Whether the question is why this class and no other.
           draws: Random rankings of each record.
           level: Of intervals.
           random: What resamples are drawn with.
           resamples: How many.
         """
         self.problem, self.explained, self.members = problem, explained, members
-        self.draws, self.level = draws, level
+        self.class_specific, self.draws, self.level = class_specific, draws, level
         self.all = Resamples.draw(problem.count, resamples, random)
         self.of = {
             name: Resamples.draw(int(each.sum()), resamples, random)
@@ -150,7 +156,7 @@ class Judge:
             found[name][other] = _mean(each)
         return found
 
-    def _similarities(self) -> dict[tuple[str, str], Interval]:
+    def _similarities(self) -> dict[tuple[str, str], Similarity]:
         """Of the scores of another class, and of those under random weights."""
         about, one, two = [], [], []
         for name, each in self.explained.items():
@@ -165,10 +171,12 @@ class Judge:
         columns = correlated(np.stack(one, axis=1), np.stack(two, axis=1)).T
         found = {}
         for pair, column in zip(about, columns, strict=True):
-            # Scores that do not vary have no order in common.
-            padded = np.full(self.problem.count, np.nan)
-            padded[: len(column)] = np.nan_to_num(column)
-            found[pair] = self._interval(padded)
+            filled = np.full(self.problem.count, np.nan)
+            filled[: len(column)] = column
+            undefined = int(np.sum(~np.isfinite(column)))
+            found[pair] = Similarity(
+                value=self._interval(filled), records=len(column), undefined=undefined
+            )
         return found
 
     def _note_undefined(self, slice_: str | None, found: dict[str, int]) -> None:
@@ -219,7 +227,7 @@ class Judge:
     def _method(
         self,
         name: str,
-        similar: Mapping[tuple[str, str], Interval],
+        similar: Mapping[tuple[str, str], Similarity],
         share: float,
         times: float,
     ) -> Method:
@@ -228,6 +236,8 @@ class Judge:
         blind = None
         if found.of_another is not None:
             blind = _same(found.scores[: len(found.of_another)], found.of_another)
+        untried = self._untried(classes, chance)
+        flat, padded = _flat(found.scores), self._padded(found.scores)
         everyone = np.ones(self.problem.count, bool)
 
         def judged(slice_: str | None, member: np.ndarray) -> str:
@@ -246,7 +256,11 @@ class Judge:
                     class_blind=bool(blind),
                     not_finite=int((member & ~found.finite).sum()),
                     unconverged=int((member & ~found.converged).sum()),
+                    flat=int((member & flat).sum()),
+                    padded=int((member & padded).sum()),
+                    classes=classes,
                     chance=chance,
+                    untried=untried,
                     tests=[
                         test
                         for test in self.tests
@@ -258,14 +272,23 @@ class Judge:
 
         shares = concentration.shares(found.scores)
         parts = {"all": everyone, **self.members}
+        raised = concentration.raised(
+            shares, self.members, self.of, self.level, share, times
+        )
+        slices = {key: [judged(key, each)] for key, each in self.members.items()}
+        for slice_, *about in raised:
+            slices[slice_].append(in_words(*about))
         return Method(
             verdict=judged(None, everyone),
-            slices={key: judged(key, each) for key, each in self.members.items()},
+            slices={key: "; ".join(said) for key, said in slices.items()},
             not_finite=int((~found.finite).sum()),
             unconverged=int((~found.converged).sum()),
+            flat=int(flat.sum()),
+            padded=None if self.problem.padding is None else int(padded.sum()),
             class_blind=blind,
             similarity_of_classes=classes,
             similarity_under_chance=chance,
+            untried=untried,
             evaluations=found.evaluations,
             milliseconds=found.milliseconds,
             compile_seconds=found.compile_seconds,
@@ -273,10 +296,36 @@ class Judge:
                 key: concentration.mean_shares(shares[each]).tolist()
                 for key, each in parts.items()
             },
-            raised=concentration.raised(
-                shares, self.members, self.of, self.level, share, times
-            ),
+            raised=raised,
         )
+
+    def _untried(
+        self, classes: Similarity | None, chance: Similarity | None
+    ) -> list[str]:
+        """What a method might have failed by, had there been a way to try it."""
+        found = []
+        if chance is None or not chance.tried:
+            found.append("random weights")
+        if self.class_specific and (classes is None or not classes.tried):
+            found.append("another class")
+        if self.problem.of_tokens and self.problem.padding is None:
+            found.append("padding")
+        return found
+
+    def _padded(self, scores: np.ndarray) -> np.ndarray:
+        """On which records padding has a score, beyond rounding."""
+        if self.problem.padding is None:
+            return np.zeros(len(scores), bool)
+        size = np.abs(scores)
+        there = np.where(self.problem.padding, size, 0).max(axis=1)
+        return there > _SAME * size.max(axis=1)
+
+
+def _flat(scores: np.ndarray) -> np.ndarray:
+    """On which records all features have the same score."""
+    with np.errstate(invalid="ignore"):
+        spread = scores.max(axis=1) - scores.min(axis=1)
+    return spread <= _ROUNDING * np.abs(scores).max(axis=1)
 
 
 def _mean(values: np.ndarray) -> float:

@@ -1,6 +1,7 @@
 """What runs on the device: explanations, ceilings and metrics of all rankings."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xviz_jax import batch, chunks, metrics
+from xviz_jax.comparison.arithmetic import arithmetic
 from xviz_jax.comparison.problem import Problem, explaining
 from xviz_jax.metrics.features import prepare
 from xviz_jax.metrics.imputers import Imputer
@@ -91,20 +93,16 @@ def explained(
 
 
 def _evaluations(method: Callable, problem: Problem, rows: Any) -> float | None:
-    """A method's arithmetic in units of the model's; loops are counted once."""
+    """A method's arithmetic in units of the model's, where both can be counted."""
     row = jax.tree.map(lambda leaf: leaf[0], rows)
-
-    def flops(function: Callable) -> float | None:
-        lowered = jax.jit(function).lower(problem.key, *problem.shared, row)
-        costs = lowered.cost_analysis()
-        return None if costs is None else costs.get("flops")
 
     def forward(*args: Any) -> jax.Array:
         _, *shared, row = args
         return problem.model(*shared, *row["args"])
 
-    mine, floor = flops(method), flops(forward)
-    return mine / floor if mine and floor else None
+    args = (problem.key, *problem.shared, row)
+    mine, floor = arithmetic(method, *args), arithmetic(forward, *args)
+    return mine / floor if floor > 0 and math.isfinite(mine + floor) else None
 
 
 def left_out(problem: Problem, imputer: Imputer) -> np.ndarray:

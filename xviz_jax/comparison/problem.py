@@ -29,6 +29,8 @@ class Problem:
       features: How many features there are.
       positions: The feature of each position that an attention method scores, or -1;
         None where the two are the same.
+      padding: Features that a record only has to fill it up, bool `[count,
+        features]`, or None.
       key: A PRNG key.
       microbatch: Records computed at once.
     """
@@ -42,6 +44,7 @@ class Problem:
     labels: Any
     features: int
     positions: np.ndarray | None
+    padding: np.ndarray | None
     key: jax.Array
     microbatch: int
 
@@ -49,6 +52,12 @@ class Problem:
     def argnum(self) -> int:
         """Which of the model's arguments is explained."""
         return len(self.shared)
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether the explained argument is made of integers."""
+        leaves = jax.tree.leaves(self.args[0])
+        return any(np.issubdtype(leaf.dtype, np.integer) for leaf in leaves)
 
     def rows(self, chosen: np.ndarray | None = None, **more: Any) -> dict[str, Any]:
         """One row for each record, or for some of them.

@@ -29,19 +29,48 @@ class Interval:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Similarity:
+    """How alike a method's scores are to other scores of it, by rank correlation.
+
+    Attributes:
+      value: Mean over the records on which it is defined.
+      records: On how many it was tried.
+      undefined: On how many of these it is not, because scores do not vary or are not
+        numbers.
+    """
+
+    value: Interval
+    records: int
+    undefined: int
+
+    @property
+    def tried(self) -> bool:
+        """Whether it is defined on half of the records."""
+        return 2 * self.undefined <= self.records
+
+    def __str__(self) -> str:
+        """The mean with its interval, and of how many records it is."""
+        return f"{self.value}, n = {self.records - self.undefined}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
     """What was found about one method, besides its metrics.
 
     Attributes:
       verdict: One sentence that begins with the word.
-      slices: The same for each slice of the records.
+      slices: The same for each slice of the records, and what is raised there.
       not_finite: Records whose scores are not all numbers.
       unconverged: Records on which the method says it did not converge.
+      flat: Records on which all features have the same score.
+      padded: Records on which padding has a score; None where none was pointed out.
       class_blind: Whether the scores of another class are the same; None where that
         was not tried.
-      similarity_of_classes: Rank correlation of the scores of two classes.
-      similarity_under_chance: Rank correlation with the scores that random weights
-        give; None without parameters.
+      similarity_of_classes: Of the scores of two classes; None where that was not
+        tried.
+      similarity_under_chance: Of the scores and those that random weights give; None
+        without parameters.
+      untried: Gates that were not tried, and so speak neither way.
       evaluations: Of the model, for each record; forward and backward passes as the
         method counts them, else its arithmetic in units of a forward pass.
       milliseconds: For each record, compilation apart.
@@ -56,9 +85,12 @@ class Method:
     slices: dict[str, str]
     not_finite: int
     unconverged: int
+    flat: int
+    padded: int | None
     class_blind: bool | None
-    similarity_of_classes: Interval | None
-    similarity_under_chance: Interval | None
+    similarity_of_classes: Similarity | None
+    similarity_under_chance: Similarity | None
+    untried: list[str]
     evaluations: float | None
     milliseconds: float
     compile_seconds: float
@@ -225,6 +257,11 @@ class Comparison:
         )
 
 
+def in_words(feature: int, share: Interval, elsewhere: float) -> str:
+    """What is said of a feature that is raised in a slice."""
+    return f"feature {feature} carries {share} of its scores, {elsewhere:.2g} elsewhere"
+
+
 def _plain(value: Any) -> Any:
     """The same with None in place of what is not a number."""
     if isinstance(value, Mapping):
@@ -252,6 +289,12 @@ def _maybe(value: dict[str, float | None] | None) -> Interval | None:
     return None if value is None else _interval(value)
 
 
+def _similarity(value: dict[str, Any] | None) -> Similarity | None:
+    if value is None:
+        return None
+    return Similarity(**{**value, "value": _interval(value["value"])})
+
+
 def _method(row: dict[str, Any]) -> Method:
     similar = ("similarity_of_classes", "similarity_under_chance")
     raised = [
@@ -259,7 +302,7 @@ def _method(row: dict[str, Any]) -> Method:
         for name, feature, share, elsewhere in row["raised"]
     ]
     shares = {k: [_number(each) for each in v] for k, v in row["shares"].items()}
-    read = {name: _maybe(row[name]) for name in similar}
+    read = {name: _similarity(row[name]) for name in similar}
     return Method(**{**row, **read, "raised": raised, "shares": shares})
 
 

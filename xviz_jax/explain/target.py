@@ -54,7 +54,7 @@ def choose(
         if subject.read is None or target is not None or versus is not None:
             raise ValueError("`--against` takes a text or image, and no `--target`")
         other = forward(subject.parameters, *subject.read(against))
-        return Choice(_cosine(other), f"cosine with {against!r}")
+        return Choice(cosine(other), f"cosine with {against!r}")
     if versus is not None and (target is None or subject.features):
         raise ValueError("`--versus` is a class, and needs another as `--target`")
     if subject.features and target is None:
@@ -85,7 +85,8 @@ def _find(subject: Subject, said: str, classes: int) -> int:
     return index
 
 
-def _cosine(other: jax.Array) -> Callable[[jax.Array], jax.Array]:
+def cosine(other: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """The cosine of features with other features, as a target."""
     unit = other / jnp.linalg.norm(other)
     return lambda output: jnp.vdot(output, unit) / jnp.linalg.norm(output)
 

@@ -52,7 +52,9 @@ def smooth(
 
       - `standard_error`: of each score, from the spread of the samples (for the
         variance, as if they were normal);
-      - `converged`: whether all copies' explanations did; only where they say so.
+      - `converged`: whether all copies' explanations did; only where they say so;
+      - `evaluations`: the sum of the copies', each of which counts as one where it does
+        not say; without the forward pass.
 
     Raises:
       ValueError: If there is no key, the input is neither made of floats nor of
@@ -78,16 +80,21 @@ def smooth(
         clean, inner = jax.random.split(key)
         held = _held(explain, args, target, clean)
 
-        def sample(keys: jax.Array) -> tuple[Any, jax.Array]:
+        def sample(keys: jax.Array) -> tuple[Any, tuple[jax.Array, jax.Array]]:
             shaken = _shaken(args, argnums, noise, keys[0])
             found = _explained(explain, shaken, target=held, key=keys[1])
-            good = jnp.asarray(found.diagnostics.get("converged", True))
-            return _power(found.scores, reduce), jnp.all(good).astype(jnp.float32)
+            good = jnp.all(jnp.asarray(found.diagnostics.get("converged", True)))
+            spent = jnp.asarray(found.diagnostics.get("evaluations", 1))
+            about = (good.astype(jnp.float32), spent.astype(jnp.float32))
+            return _power(found.scores, reduce), about
 
         keys = jax.random.split(inner, (samples, 2))
-        (mean, good), (variance, _) = chunks.moments(sample, keys, chunk)
+        (mean, (good, spent)), (variance, _) = chunks.moments(sample, keys, chunk)
         at_x = explain(*args, target=held, key=clean)
-        diagnostics = {"standard_error": _error(variance, reduce, samples)}
+        diagnostics = {
+            "standard_error": _error(variance, reduce, samples),
+            "evaluations": jnp.round(spent * samples).astype(jnp.int32),
+        }
         if "converged" in at_x.diagnostics:
             diagnostics["converged"] = good == 1
         if reduce == "variance":
