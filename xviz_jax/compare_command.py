@@ -94,7 +94,8 @@ def show(found: Comparison, console: Console) -> None:
     lines = [f"{name}: {sentence}" for name, sentence in found.verdict.items()]
     for name, method in found.methods.items():
         lines += [
-            f"{name}, {slice_}: {in_words(*about)}" for slice_, *about in method.raised
+            f"{name}, {slice_}: {in_words(feature, share, elsewhere)}"
+            for slice_, feature, share, elsewhere in method.raised
         ]
     for line in lines:
         console.print(Text(terminal(line)))

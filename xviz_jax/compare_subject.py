@@ -97,7 +97,7 @@ def of_embedded(data: Path | None, limit: int | None) -> Subject:
         names = np.array(embedded.card()["classes"])[labels[: len(records)]]
         # A slice of fewer records says nothing of its own.
         counts = dict(zip(*np.unique(names, return_counts=True), strict=True))
-        given = {"records": records}
+        given: dict[str, Any] = {"records": records}
         if min(counts.values()) >= 8:
             given["slices"] = names
     else:
@@ -114,9 +114,7 @@ def of_embedded(data: Path | None, limit: int | None) -> Subject:
     )
 
 
-def _of_checkpoint(
-    path: Path, found: dict[str, np.ndarray], against: str | None
-) -> Subject:
+def _of_checkpoint(path: Path, found: dict[str, Any], against: str | None) -> Subject:
     # A loop over the layers compiles in the time of one layer.
     loaded = models.load(path, scan=True)
     if (loaded.gives == "features") != (against is not None):
@@ -139,19 +137,19 @@ def _of_checkpoint(
             patch=max(loaded.config.patch),
             **_without_mask(found),
         )
-        read = lambda: models.image(path)(against).pixels
+        read = lambda source: models.image(path)(source).pixels
     else:
         words = models.text(path)
         subject = _of_texts(loaded, words, found)
-        read = lambda: words(against).ids
+        read = lambda source: words(source).ids
     if against is not None:
-        other = jax.jit(subject.forward)(*subject.shared, jnp.asarray(read()))
+        other = jax.jit(subject.forward)(*subject.shared, jnp.asarray(read(against)))
         subject = dataclasses.replace(subject, targets=cosine(other))
     return subject
 
 
 def _of_texts(
-    loaded: models.Pretrained, words: models.TextProcessor, found: dict[str, np.ndarray]
+    loaded: models.Pretrained, words: models.TextProcessor, found: dict[str, Any]
 ) -> Subject:
     position = loaded.options["position"]
     each = getattr(loaded.config, "head", None) in ("masked_lm", "tokens")
@@ -238,7 +236,7 @@ def positions_of(
     return np.concatenate([np.full(count - side**2, -1), inner])
 
 
-def _read(path: Path, limit: int | None) -> dict[str, np.ndarray]:
+def _read(path: Path, limit: int | None) -> dict[str, Any]:
     """Records, and targets, slices and a mask where there are any."""
     try:
         found = arrays.load(path)
@@ -267,7 +265,7 @@ def _read(path: Path, limit: int | None) -> dict[str, np.ndarray]:
     return kept
 
 
-def _without_mask(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _without_mask(found: dict[str, Any]) -> dict[str, Any]:
     if "mask" in found:
         raise ValueError("`mask` is for a checkpoint that reads texts")
     return found

@@ -418,7 +418,7 @@ def test_road_of_images_orders_them_so_too():
     def model(image):
         return jnp.append(redundant(image.ravel()[places]), 6.0)
 
-    metric = metrics.road(model, fractions=np.arange(1, 9) / 36, noise=0.0)
+    metric = metrics.road(model, fractions=[n / 36 for n in range(1, 9)], noise=0.0)
     random = np.random.default_rng(3)
     values = random.uniform(0.5, 1.5, (48, 6)).astype(np.float32)
     values = np.repeat(values, [2, 2, 1, 1, 1, 1], axis=1)

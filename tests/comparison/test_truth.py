@@ -112,7 +112,7 @@ def agreement(scores, truth):
     rows = np.arange(len(real))
     hits = real[rows, size.argmax(axis=1)] >= real.max(axis=1) - 1e-4
     varies = (np.ptp(size, axis=1) > 0) & (np.ptp(real, axis=1) > 0)
-    ranks = [spearmanr(size[n], real[n]).statistic for n in np.flatnonzero(varies)]
+    ranks = [np.asarray(spearmanr(size[n], real[n]))[0] for n in np.flatnonzero(varies)]
     return np.mean(hits), np.mean(ranks) if ranks else np.nan
 
 

@@ -276,8 +276,8 @@ class Judge:
             shares, self.members, self.of, self.level, share, times
         )
         slices = {key: [judged(key, each)] for key, each in self.members.items()}
-        for slice_, *about in raised:
-            slices[slice_].append(in_words(*about))
+        for slice_, feature, carried, elsewhere in raised:
+            slices[slice_].append(in_words(feature, carried, elsewhere))
         return Method(
             verdict=judged(None, everyone),
             slices={key: "; ".join(said) for key, said in slices.items()},
