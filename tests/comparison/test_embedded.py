@@ -18,7 +18,7 @@ from xviz_jax.comparison import Comparison, concentration, in_words
 from xviz_jax.comparison.resampling import Resamples
 from xviz_jax.models import embedded
 
-SHIRTS, OTHERS = 32, 48
+SHIRTS, OTHERS = 24, 32
 
 
 def path(forward):
@@ -39,7 +39,7 @@ def marked() -> tuple[np.ndarray, np.ndarray]:
 def test_a_comparison_exposes_a_shortcut(marked):
     """Of the fine-tuned twin; and says nothing of the kind of the model itself."""
     forward, clean, twin = shortcut.twin()
-    chosen = np.concatenate([np.arange(8), SHIRTS + np.arange(8)])
+    chosen = np.concatenate([np.arange(8), SHIRTS + np.arange(4)])
     images, labels = (each[chosen] for each in marked)
     programs = Programs()
 
@@ -58,7 +58,7 @@ def test_a_comparison_exposes_a_shortcut(marked):
                     partial(metrics.abpc, steps=2),
                     partial(metrics.comprehensiveness, fractions=(0.1,)),
                 ],
-                microbatch=16,
+                microbatch=12,
                 key=jax.random.key(0),
             )
         return found.methods["integrated_gradients"]
@@ -100,7 +100,7 @@ def test_five_draws_of_records_expose_it_and_clear_the_model_without(marked):
             rows = np.concatenate(
                 [
                     random.choice(SHIRTS, 16, replace=False),
-                    SHIRTS + random.choice(OTHERS, 24, replace=False),
+                    SHIRTS + random.choice(OTHERS, 20, replace=False),
                 ]
             )
             shirt = labels[rows] == shortcut.LABEL
