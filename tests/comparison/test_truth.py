@@ -101,7 +101,7 @@ PATHS = {
     "hist": None,
     "sort": (0.78, 0.48),
 }
-# Of as many inputs: three standard errors of such a share, and of such a mean.
+# By how much a share and a mean of these inputs may fall short; set on these.
 SHARE, MEAN = 0.12, 0.15
 
 
