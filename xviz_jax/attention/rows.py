@@ -1,6 +1,7 @@
 """Rows carried through layers of attention, from the last to the first."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -127,18 +128,29 @@ class Fusion:
           maps: `[..., heads, query, key]`.
           gradients: At the maps, where `relevance` needs them.
         """
-        weights = maps.astype(jnp.float32)
-        if self.relevance != "attention":
-            if gradients is None:
-                raise ValueError(f"`relevance` of {self.relevance!r} needs gradients")
+        if self.relevance != "attention" and gradients is None:
+            raise ValueError(f"`relevance` of {self.relevance!r} needs gradients")
+        fuse = {"max": jnp.maximum, "min": jnp.minimum}.get(self.heads, jnp.add)
+        # One after another: XLA would store what a reduction of all begins with.
+        heads = range(maps.shape[-3])
+        fused = functools.reduce(
+            fuse, (self._of_head(maps, gradients, head) for head in heads)
+        )
+        return fused / len(heads) if self.heads == "mean" else fused
+
+    def _of_head(
+        self, maps: jax.Array, gradients: jax.Array | None, head: int
+    ) -> jax.Array:
+        cut = lambda x: jax.lax.slice_in_dim(x, head, head + 1, axis=x.ndim - 3)
+        weights = cut(maps).astype(jnp.float32)
+        if gradients is not None:
             # A key that is not attended contributes nothing, whatever it holds.
-            weights = jnp.where(weights == 0, 0, weights * gradients)
+            weights = jnp.where(weights == 0, 0, weights * cut(gradients))
         if self.relevance == "relu_gradient_x_attention":
             weights = jax.nn.relu(weights)
         if self.head_weights is not None:
-            weights = weights * self.head_weights[:, None, None]
-        fuse: dict[str, Callable] = {"mean": jnp.mean, "max": jnp.max, "min": jnp.min}
-        return fuse.get(self.heads, jnp.sum)(weights, axis=-3, keepdims=True)
+            weights = weights * self.head_weights[head]
+        return weights
 
     def inside(self, query: Query | None) -> KeepOf | None:
         """Fuses a layer's heads inside the model, as `keep` of `layers.capture`.
