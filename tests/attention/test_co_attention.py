@@ -384,3 +384,37 @@ def test_methods_for_one_sequence_refuse_several_of_one_length():
         jax.eval_shape(xv.attention_relevance(plain, query={"attention": 0}), X)
     one = xv.attention_relevance(plain, streams={"attention": ("a", "a")})(X)
     np.testing.assert_array_equal(one.scores, xv.attention_relevance(plain)(X).scores)
+
+
+@pytest.mark.parametrize("small", [0, 8 * 2**20])
+@pytest.mark.parametrize("scan", [False, True])
+def test_raw_attention_of_a_layer_by_name(scan, small, monkeypatch):
+    """From one sequence to another, the last of a loop's; as a map, or tile by tile."""
+    monkeypatch.setattr(xv.attention.layers, "_SMALL_MAP", small)
+    model, maps = EncoderDecoder(scan=scan, pad=2), []
+    with jax.enable_x64(True):
+        keep = lambda seen: maps.append(np.asarray(seen)) or seen
+        EncoderDecoder(pad=2)(*map(jnp.asarray, model.inputs()), tap=keep)
+    x = tuple(map(jnp.float32, model.inputs()))
+    sites = [site for site in tracing.sites(model, *x) if site.kind == "attention"]
+    (*_, cross) = (site for site in sites if site.shape[-2] != site.shape[-1])
+    cases: list[tuple[dict[str, Any], np.ndarray]] = [
+        ({"query": 1}, maps[-1].mean(axis=0)[1]),
+        ({"query": -1, "head": 1}, maps[-1][1, -1]),
+        ({"query": jnp.ones(4) / 4, "heads": "max"}, maps[-1].max(axis=0).mean(axis=0)),
+    ]
+    for options, expected in cases:
+        explain = jax.jit(xv.raw_attention(model, layer=cross.name, **options))
+        found = explain(*x)
+        np.testing.assert_allclose(found.scores, expected, rtol=1e-4, atol=1e-6)
+        assert not found.scores[-2:].any()
+        np.testing.assert_allclose(found.diagnostics["mass"], found.scores.sum())
+
+
+def test_raw_attention_of_a_layer_refuses():
+    x = tuple(map(jnp.float32, EncoderDecoder().inputs()))
+    model = EncoderDecoder()
+    with pytest.raises(ValueError, match="no attention is named 'none'; there are"):
+        xv.raw_attention(model, layer="none")(*x)
+    with pytest.raises(ValueError, match="position or weights of rows, got 'mean'"):
+        xv.raw_attention(model, layer="attention", query="mean")(*x)

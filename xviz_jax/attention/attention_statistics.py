@@ -24,7 +24,7 @@ from xviz_jax.tracing import Site
 from xviz_jax.tracing.program import trace
 
 # Bytes of a map that are looked at together, and stay in a cache between looks.
-_STRIP = 2**18
+_STRIP = 2**19
 
 
 def attention_statistics(

@@ -10,13 +10,15 @@ from xviz_jax import attribution
 from xviz_jax.attention import layers, rows
 from xviz_jax.attention.attention_rollout import Heads, check_heads
 from xviz_jax.attribution import Attribution, Target
+from xviz_jax.tracing.program import trace
+from xviz_jax.tracing.site import positions
 
 
 def raw_attention(
     model: Callable,
     *,
     query: rows.Query = 0,
-    layer: int = -1,
+    layer: int | str = -1,
     head: int | None = None,
     heads: Heads = "mean",
 ) -> Callable[..., Attribution]:
@@ -31,12 +33,15 @@ def raw_attention(
 
     Args:
       model: Maps one example to logits; any JAX function, with its attention found
-        by tracing. One sequence, one example.
+        by tracing. One example; one sequence, unless `layer` is a name.
       query: The position that looks: 0 for a class token, -1 for the last token of a
         decoder. May be traced. `pooled` for the rows that the output reads, found by
         tracing, with their weights, for another forward pass; `mean` for all rows,
         averaged, padding's left out; or weights of rows, float `[length]`.
-      layer: Which layer, in the order they run; -1 is the last.
+      layer: Which layer, in the order they run; -1 is the last. Or the name of an
+        attention site, as `tracing.sites` and `xviz-jax doctor` list them, of any
+        model: from one sequence to another too. Of a loop's the last turn. Its map is
+        then held, heads fused; `query` is a position or weights of its rows.
       head: Which head; None for all of them.
       heads: How they are then fused: `mean`, `max` or `min`.
 
@@ -46,7 +51,7 @@ def raw_attention(
 
       - `mass`: sum of the scores;
       - `self_share`: the score of the explained position itself; of several, by their
-        weights.
+        weights. Not where keys are another sequence's.
 
     Raises:
       ValueError: If the model has no self-attention over one sequence, or attention
@@ -63,16 +68,46 @@ def raw_attention(
 
     def explain(*args: Any, target: Target = None, key: Any = None) -> Attribution:
         del key
-        logits, found = layers.capture(model, args)
-        one, start = layers.pick(found, layer), rows.resolve(query, found, model, args)
-        row = rows.propagate([one], start, _fusion(one, head, heads), residual=0.0)
+        if isinstance(layer, str):
+            logits, one = _named(model, args, layer)
+            row = _row(one, query, _fusion(one, head, heads))
+            diagnostics = {"mass": jnp.sum(row)}
+        else:
+            logits, found = layers.capture(model, args)
+            one = layers.pick(found, layer)
+            start = rows.resolve(query, found, model, args)
+            row = rows.propagate([one], start, _fusion(one, head, heads), residual=0.0)
+            diagnostics = rows.diagnostics(row, start)
         return Attribution(
             scores=row,
             output=attribution.explained(attribution.hold(target, logits), logits),
-            diagnostics=rows.diagnostics(row, start),
+            diagnostics=diagnostics,
         )
 
     return explain
+
+
+def _named(model: Callable, args: Any, name: str) -> tuple[jax.Array, layers.Layer]:
+    """What the model says, and the layer of a site, whichever sequences it joins."""
+    program = trace(model, tuple(args), {})
+    sites = layers.readable(program.sites)
+    chosen = [site for site in sites if site.name == name]
+    if not chosen:
+        known = [site.name for site in sites]
+        raise ValueError(f"no attention is named {name!r}; there are {known}")
+    logits, found = layers.capture_of(program, chosen)
+    return logits, layers.pick(found, -1)
+
+
+def _row(layer: layers.Layer, query: rows.Query, fusion: rows.Fusion) -> jax.Array:
+    if isinstance(query, str):
+        raise ValueError(
+            f"`query` of a named layer is a position or weights of rows, got {query!r}"
+        )
+    length, _ = positions(layer.site)
+    weighed = jnp.ndim(query) == 1
+    start = (rows.weights_of_rows if weighed else rows.one_hot)(query, length)
+    return jnp.matmul(start, rows.matrix(layer, fusion), precision="highest")
 
 
 def _fusion(layer: layers.Layer, head: int | None, heads: Heads) -> rows.Fusion:

@@ -16,6 +16,7 @@ from xviz_jax.tracing import interpreter, loops
 from xviz_jax.tracing.interpreter import Plan
 from xviz_jax.tracing.program import Located, Program, trace
 from xviz_jax.tracing.site import Selection, Site, select
+from xviz_jax.tracing.values import AttentionValues
 
 # What to keep of a site's values, of one turn of a loop; by name.
 Keep = Callable[[dict[str, jax.Array]], dict[str, jax.Array]]
@@ -278,29 +279,33 @@ def _tap(plan: Plan, located: Located, keep: Keep) -> dict[str, jax.Array]:
       Zeros, whose "gradient" it is.
     """
     site = located.site
-
-    @jax.custom_vjp
-    def same(value: jax.Array, sink: dict[str, jax.Array]) -> jax.Array:
-        del sink
-        return value
-
-    def forward(value: jax.Array, sink: Any) -> tuple[jax.Array, jax.Array]:
-        del sink
-        return value, value
+    if not isinstance(located.values, AttentionValues):
+        raise NotImplementedError(f"{site.name!r} keeps its probabilities to itself")
 
     def made(value: jax.Array, cotangent: jax.Array) -> dict[str, jax.Array]:
         return keep({"probabilities": value, "probabilities_cotangent": cotangent})
 
-    def backward(value: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, Any]:
-        return cotangent, made(value, cotangent)
+    def tapped(value: jax.Array, sink: Any, canonical: Callable) -> jax.Array:
+        if sink is None:
+            return value
 
-    same.defvjp(forward, backward)
+        @jax.custom_vjp
+        def same(value: jax.Array, sink: dict[str, jax.Array]) -> jax.Array:
+            del sink
+            return value
+
+        def forward(value: jax.Array, sink: Any) -> tuple[jax.Array, jax.Array]:
+            del sink
+            return value, value
+
+        def backward(value: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, Any]:
+            return cotangent, made(canonical(value), canonical(cotangent))
+
+        same.defvjp(forward, backward)
+        return same(value, sink)
+
     plan.reach(located.body, site.name)
-    located.values.rewrite(
-        plan,
-        site.name,
-        lambda value, sink: value if sink is None else same(value, sink),
-    )
+    located.values.tap(plan, site.name, tapped)
     one = jax.ShapeDtypeStruct(site.shape[len(site.loops) :], jnp.float32)
     return {
         name: jnp.zeros((*site.loops, *each.shape), each.dtype)

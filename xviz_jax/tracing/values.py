@@ -23,6 +23,7 @@ from xviz_jax.tracing.scores import Scores, Term
 Read = Callable[[Get], jax.Array]
 # Changes a value, given the operand of its site's rewrite.
 Change = Callable[[jax.Array, Any], jax.Array]
+Tap = Callable[[jax.Array, Any, Callable[[jax.Array], jax.Array]], jax.Array]
 
 # What leaves probabilities as they are, but for their shape and dtype.
 _KEEPING = (
@@ -132,6 +133,28 @@ class AttentionValues:
             return axis_maps.to_view(back, reading.axes, reading.shape)
 
         plan.rewrite(reading.probability, name, rewritten)
+
+    def tap(self, plan: Plan, name: str, change: Tap) -> None:
+        """Applies `change(value, given, canonical)` to probabilities as they lie.
+
+        What it keeps for a backward pass is then the very array that the program keeps.
+        `canonical` carries the value, and what is laid out like it, into one layout.
+        """
+        reading = self.reading
+        if reading.deferred:
+            whole = lambda value, given: change(value, given, lambda x: x)
+            self._rewrite_deferred(plan, name, whole)
+            return
+
+        def canonical(value: jax.Array) -> jax.Array:
+            native = axis_maps.from_view(value, reading.axes, reading.shape)
+            return self.canonical(native)
+
+        plan.rewrite(
+            reading.probability,
+            name,
+            lambda value, get, given: change(value, given, canonical),
+        )
 
     def _rewrite_deferred(self, plan: Plan, name: str, change: Change) -> None:
         """Changes exponentials by what the change of probabilities comes to.
