@@ -51,8 +51,9 @@ def measured(folder: Path, count: int, kills: int) -> list[str]:
         process = start(data, killed)
         try:
             # The first seconds go to imports, which have nothing to lose.
-            wait = None if dead == kills else draw.uniform(4, 4 + whole / kills)
-            process.wait(timeout=wait)
+            first = min(4, whole / 2)
+            wait = draw.uniform(first, first + whole / (2 * kills))
+            process.wait(timeout=None if dead == kills else wait)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
