@@ -23,7 +23,7 @@ from xviz_jax.audit.progress import Progress
 from xviz_jax.audit.ray import Ray
 from xviz_jax.audit.run import run
 from xviz_jax.audit.sources import Buckets
-from xviz_jax.audit.stopping import EXIT, Preempted
+from xviz_jax.audit.stopping import EXIT, Preempted, Stop, listening
 from xviz_jax.audit.worker import Unusable
 from xviz_jax.escape import terminal
 
@@ -51,8 +51,10 @@ def main(given: Mapping[str, Any]) -> int:
             job = Job(**{k: v for k, v in options.items() if k in names})
             console.print(Text(str(estimate(job))))
             return _DONE
-        with _Line(console) as line:
-            summary = run(options.pop("out"), **options, progress=line.show)
+        stop = Stop()
+        with listening(stop, to_the_end=True), _Line(console) as line:
+            out = options.pop("out")
+            summary = run(out, **options, progress=line.show, stop=stop)
     except Unusable as error:
         return _failed(error, _TOO_MANY_BAD)
     except (ValueError, ImportError) as error:

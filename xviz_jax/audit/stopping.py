@@ -42,10 +42,15 @@ class Stop:
 
 
 @contextlib.contextmanager
-def listening(stop: Stop) -> Iterator[None]:
+def listening(stop: Stop, *, to_the_end: bool = False) -> Iterator[None]:
     """Lets SIGTERM and SIGINT ask; a second one ends the process at once.
 
     Signals reach the main thread only: elsewhere, whoever holds `stop` asks.
+
+    Args:
+      stop: What is asked.
+      to_the_end: Whether, once someone asked, a signal still does so afterwards, while
+        the process ends by itself.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -61,5 +66,6 @@ def listening(stop: Stop) -> Iterator[None]:
     try:
         yield
     finally:
-        for each, handler in zip(_SIGNALS, before, strict=True):
-            signal.signal(each, handler)
+        if not (to_the_end and stop.asked):
+            for each, handler in zip(_SIGNALS, before, strict=True):
+                signal.signal(each, handler)
