@@ -45,24 +45,11 @@ def measured(folder: Path, count: int, kills: int) -> list[str]:
     begin = time.perf_counter()
     ended(start(data, clean))
     whole = time.perf_counter() - begin
-    dead, spent = 0, time.perf_counter()
-    draw = random.Random(0)
-    while True:
-        process = start(data, killed)
-        try:
-            # The first seconds go to imports, which have nothing to lose.
-            first = min(4, whole / 2)
-            wait = draw.uniform(first, first + whole / (2 * kills))
-            process.wait(timeout=None if dead == kills else wait)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            dead += 1
-            continue
-        ended(process)
-        break
-    if dead < kills:
-        raise SystemExit(f"it ended after {dead} of {kills} kills")
+    between, draw = max(committed(clean) // kills, 1), random.Random(0)
+    spent = time.perf_counter()
+    for _ in range(kills):
+        kill(start(data, killed), killed, draw.randrange(between), draw)
+    ended(start(data, killed))
     spent = time.perf_counter() - spent
     begin = time.perf_counter()
     ended(start(data, killed))
@@ -83,10 +70,23 @@ def measured(folder: Path, count: int, kills: int) -> list[str]:
         "| records | shards | SIGKILLs | seconds, undisturbed | seconds, killed | "
         "rerun, s | files |",
         "|---|---|---|---|---|---|---|",
-        f"| {count:,} | {len(one)} | {dead} | {whole:.0f} | {spent:.0f} | {again:.1f} "
+        f"| {count:,} | {len(one)} | {kills} | {whole:.0f} | {spent:.0f} | {again:.1f} "
         "| the same bytes |",
         "",
     ]
+
+
+def kill(process: subprocess.Popen, out: Path, more: int, draw: random.Random) -> None:
+    """Ends a process once it has committed so many shards more, or has begun."""
+    wanted = committed(out) + more
+    while not out.exists() or committed(out) < wanted:
+        if process.poll() is not None:
+            raise SystemExit(f"an audit ended with {process.returncode}, not killed")
+        time.sleep(0.02)
+    time.sleep(draw.uniform(0, 0.2))
+    os.killpg(process.pid, signal.SIGKILL)
+    if process.wait() != -signal.SIGKILL:
+        raise SystemExit(f"an audit ended with {process.returncode}, not killed")
 
 
 def records(path: Path, count: int) -> None:
@@ -115,6 +115,10 @@ def start(data: Path, out: Path) -> subprocess.Popen:
 def ended(process: subprocess.Popen) -> None:
     if process.wait() != 0:
         raise SystemExit(f"an audit ended with {process.returncode}")
+
+
+def committed(out: Path) -> int:
+    return len(list((out / "shards").glob("*.parquet")))
 
 
 def digests(out: Path) -> dict[str, str]:
