@@ -147,7 +147,11 @@ def test_buckets_depend_on_the_record_and_padding_changes_nothing(tmp_path):
         np.random.default_rng(n).integers(1, 11, n).astype(np.int32) for n in lengths
     ]
     source = [audit.Record(f"t{n}", {"tokens": each}) for n, each in enumerate(rows)]
-    given = {"model": "tests.audit.tiny:tokens", "data": Listed(source), "devices": 1}
+    given = {
+        "model": "tests.audit.tiny:tokens",
+        "data": tiny.Listed(source),
+        "devices": 1,
+    }
     buckets = audit.Buckets(column="tokens", lengths=(4, 8))
     methods = ("integrated_gradients", "saliency")
     options = {"methods": methods, "buckets": buckets, "vocabulary": 11, **given}
@@ -162,7 +166,7 @@ def test_buckets_depend_on_the_record_and_padding_changes_nothing(tmp_path):
             scores = row["scores"][name]
             assert row["shapes"][name] == [len(ids)]
             np.testing.assert_allclose(scores, expected[name], rtol=2e-4, atol=1e-5)
-    reverse = Listed(source[::-1])
+    reverse = tiny.Listed(source[::-1])
     harness.run(tmp_path / "b", **{**options, "data": reverse})
     assert values(tmp_path / "a") == values(tmp_path / "b")
 
@@ -176,19 +180,6 @@ def alone(ids):
         name: np.asarray(jax.jit(getattr(xv, name)(tiny.tokens))(*args).scores)
         for name in ("integrated_gradients", "saliency")
     }
-
-
-class Listed:
-    """Records that are in memory."""
-
-    def __init__(self, records):
-        self.records = records
-
-    def __len__(self):
-        return len(self.records)
-
-    def __getitem__(self, index):
-        return self.records[index]
 
 
 def test_a_model_on_a_mesh_inside_one_worker(tmp_path, clean):

@@ -149,3 +149,16 @@ class Records:
     def fingerprint(self):
         # Faults of a process are not faults of the data.
         return f"{self.count} {self.order}"
+
+
+class Listed:
+    """Records that are in memory."""
+
+    def __init__(self, records):
+        self.records = records
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, index):
+        return self.records[index]

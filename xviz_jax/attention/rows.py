@@ -161,12 +161,12 @@ class Fusion:
         if self.head_weights is not None:
             return None
         if self.relevance == "attention":
-            plain = lambda values: _by_itself(self.of_heads(values["probabilities"]))
+            plain = lambda values: self.of_heads(values["probabilities"])
             return lambda _, values: {"probabilities": plain(values)}
         if isinstance(query, str) and query == "mean":
             return None
-        weighed = lambda values: _by_itself(
-            self.of_heads(values["probabilities"], values["probabilities_cotangent"])
+        weighed = lambda values: self.of_heads(
+            values["probabilities"], values["probabilities_cotangent"]
         )
         return lambda _, values: {"relevance": weighed(values)}
 
@@ -175,11 +175,6 @@ class Fusion:
         """Whether rows sum to one because those of attention do."""
         plain = self.heads == "mean" and self.relevance == "attention"
         return plain and not self.discard_ratio
-
-
-def _by_itself(fused: jax.Array) -> jax.Array:
-    """Not in one loop with what stacks it, which on a CPU has one thread."""
-    return jax.lax.optimization_barrier(fused)
 
 
 def propagate(
