@@ -1,12 +1,16 @@
 """The result of `attention_statistics`, and its definition on known scores."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
 # So many of the largest are looked for one after another, and not sorted.
 _FEW = 4
+# Rows this long are cut into so many pieces, or up to twice as many.
+_LONG = 256
+_PIECES = 16
 
 
 @jax.tree_util.register_dataclass
@@ -60,7 +64,7 @@ def summarise(
     keys = jax.lax.broadcasted_iota(p.dtype, shape, p.ndim - 1)
     distance = jnp.abs(positions.astype(p.dtype) - keys)
     zero = jnp.zeros((), p.dtype)
-    entropy = -jnp.where(p == zero, zero, p * log_p).sum(-1)
+    entropy = -total(jnp.where(p == zero, zero, p * log_p))
     # XLA's maximum overlooks NaN on a CPU.
     number = lambda found: jnp.where(
         jnp.isnan(entropy).reshape(*entropy.shape, *(1,) * (found.ndim - p.ndim + 1)),
@@ -69,17 +73,22 @@ def summarise(
     )
     top_weights, top_keys = largest(p, top_k)
     top_weights = number(top_weights)
-    marked_mass = zero if marked is None else jnp.where(marked, p, zero).sum(-1)
+    marked_mass = zero if marked is None else total(jnp.where(marked, p, zero))
     return AttentionStatistics(
         entropy=entropy,
-        distance=(p * distance).sum(-1),
-        self_mass=jnp.where(distance == 0, p, zero).sum(-1),
+        distance=total(p * distance),
+        self_mass=total(jnp.where(distance == 0, p, zero)),
         first_mass=p[..., 0],
         marked_mass=jnp.broadcast_to(marked_mass, p.shape[:-1]),
         maximum=number(p.max(-1)),
         top_keys=jnp.where(top_weights > 0.0, top_keys, -1),
         top_weights=top_weights,
     )
+
+
+def total(x: jax.Array) -> jax.Array:
+    """The sum along the last axis."""
+    return functools.reduce(jnp.add, (each for _, each in _pieces(x, 0))).sum(-1)
 
 
 def largest(p: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -97,12 +106,44 @@ def largest(p: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """
     if not 0 < count <= _FEW:
         return jax.lax.top_k(p, count)
-    shape = (1,) * (p.ndim - 1) + p.shape[-1:]
-    index = jax.lax.broadcasted_iota(jnp.int32, shape, p.ndim - 1)
+    index = _index(p)
     tops, found = [], []
     for _ in range(count):
-        tops.append(p.max(-1, keepdims=True))
-        here = jnp.where(p == tops[-1], index, p.shape[-1])
-        found.append(here.min(-1, keepdims=True))
-        p = jnp.where(index == found[-1], -1, p)
+        top, where = _largest(p)
+        tops.append(top)
+        found.append(where)
+        p = jnp.where(index == where, -1, p)
     return jnp.concatenate(tops, -1), jnp.concatenate(found, -1)
+
+
+def _largest(p: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The largest, and the first place where it is, `[..., 1]`."""
+    (_, best), *others = _pieces(p, -1)
+    begin = jnp.zeros(best.shape, jnp.int32)
+    for first, piece in others:
+        begin = jnp.where(piece > best, first, begin)
+        best = jnp.maximum(best, piece)
+    top = best.max(-1, keepdims=True)
+    place = jnp.where(best == top, begin + _index(best), p.shape[-1])
+    return top, place.min(-1, keepdims=True)
+
+
+def _index(x: jax.Array) -> jax.Array:
+    shape = (1,) * (x.ndim - 1) + x.shape[-1:]
+    return jax.lax.broadcasted_iota(jnp.int32, shape, x.ndim - 1)
+
+
+def _pieces(x: jax.Array, fill: float) -> list[tuple[int, jax.Array]]:
+    """Pieces of equal width along the last axis, and where they begin.
+
+    XLA reduces a long last axis number by number on a CPU, but combines pieces by
+    vectors. What the last one has of the one before is `fill`.
+    """
+    length = x.shape[-1]
+    width = 1 << (length // _PIECES).bit_length() - 1 if length >= _LONG else length
+    cut = lambda first: jax.lax.slice_in_dim(x, first, first + width, axis=x.ndim - 1)
+    pieces = [(first, cut(first)) for first in range(0, length - width + 1, width)]
+    if rest := length % width:
+        own = _index(pieces[0][1]) >= width - rest
+        pieces.append((length - width, jnp.where(own, cut(length - width), fill)))
+    return pieces

@@ -9,7 +9,11 @@ import pytest
 
 import xviz_jax as xv
 from tests.contract.quick import quick_compilation as quick_compilation
-from xviz_jax.kernels.attention_statistics.statistics import largest, summarise
+from xviz_jax.kernels.attention_statistics.statistics import (
+    largest,
+    summarise,
+    total,
+)
 
 MODULE = importlib.import_module("xviz_jax.attention.attention_statistics")
 
@@ -44,14 +48,22 @@ def test_strips_change_nothing(monkeypatch):
     np.testing.assert_allclose(found[0].scores.sum(), 1, rtol=1e-6)
 
 
+@pytest.mark.parametrize("length", [7, 256, 517])
 @pytest.mark.parametrize("count", [0, 1, 4, 5])
-def test_largest_is_top_k(count):
-    """With equals, zeros, and rows that are all alike."""
-    p = jax.random.randint(jax.random.key(0), (3, 50, 7), 0, 4).astype(jnp.float32)
+def test_largest_is_top_k(count, length):
+    """With equals, zeros, and rows that are all alike; whole and in pieces."""
+    shape, key = (3, 50, length), jax.random.key(0)
+    p = jax.random.randint(key, shape, 0, length // 2).astype(jnp.float32)
     p = p.at[0, 0].set(0.25)
     for got, wanted in zip(largest(p, count), jax.lax.top_k(p, count), strict=True):
         assert got.dtype == wanted.dtype
         np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("length", [7, 256, 517])
+def test_total_is_the_sum(length):
+    x = jax.random.randint(jax.random.key(0), (3, 50, length), -9, 9)
+    np.testing.assert_array_equal(total(x.astype(jnp.float32)), x.sum(-1))
 
 
 def test_no_number_stays_none():

@@ -130,27 +130,28 @@ class Fusion:
         """
         if self.relevance != "attention" and gradients is None:
             raise ValueError(f"`relevance` of {self.relevance!r} needs gradients")
-        fuse = {"max": jnp.maximum, "min": jnp.minimum}.get(self.heads, jnp.add)
-        # One after another: XLA would store what a reduction of all begins with.
-        heads = range(maps.shape[-3])
-        fused = functools.reduce(
-            fuse, (self._of_head(maps, gradients, head) for head in heads)
-        )
-        return fused / len(heads) if self.heads == "mean" else fused
-
-    def _of_head(
-        self, maps: jax.Array, gradients: jax.Array | None, head: int
-    ) -> jax.Array:
-        cut = lambda x: jax.lax.slice_in_dim(x, head, head + 1, axis=x.ndim - 3)
-        weights = cut(maps).astype(jnp.float32)
+        weights = maps.astype(jnp.float32)
         if gradients is not None:
             # A key that is not attended contributes nothing, whatever it holds.
-            weights = jnp.where(weights == 0, 0, weights * cut(gradients))
+            weights = jnp.where(weights == 0, 0, weights * gradients)
         if self.relevance == "relu_gradient_x_attention":
             weights = jax.nn.relu(weights)
-        if self.head_weights is not None:
-            weights = weights * self.head_weights[head]
-        return weights
+        heads = weights.shape[-3]
+        shares = self.head_weights
+        if shares is None:
+            share = 1 / heads if self.heads == "mean" else 1
+            shares = jnp.full(heads, share, jnp.float32)
+        fuse = {"max": jnp.maximum, "min": jnp.minimum}.get(self.heads)
+        if fuse is None and gradients is not None:
+            # A product: on a CPU, XLA computes a sum that a loop stacks on one core.
+            fused = jnp.einsum("h,...hqk->...qk", shares, weights, precision="highest")
+            return fused[..., None, :, :]
+        # One after another: XLA would store what a reduction of all begins with.
+        cut = lambda head: jax.lax.slice_in_dim(
+            weights, head, head + 1, axis=weights.ndim - 3
+        )
+        each = (cut(head) * shares[head] for head in range(heads))
+        return functools.reduce(fuse or jnp.add, each)
 
     def inside(self, query: Query | None) -> KeepOf | None:
         """Fuses a layer's heads inside the model, as `keep` of `layers.capture`.
@@ -425,7 +426,8 @@ def _dense(
         if normalize:
             total = kept + mixed * jnp.sum(fused, axis=-1)
             row = row / jnp.where(total == 0, 1, total)
-        row = kept * row + mixed * jnp.matmul(row, fused, precision="highest")
+        # A sum: XLA would copy the map out of its stack for a product.
+        row = kept * row + mixed * jnp.sum(row[:, None] * fused, axis=0)
     return row
 
 
