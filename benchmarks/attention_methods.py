@@ -9,7 +9,8 @@ that transformers makes and `xv.models.load` reads.
     python benchmarks/attention_methods.py            # the table
     python benchmarks/attention_methods.py --small    # tiny shapes, without the peer
 
-Every size is a process of its own. Within one, methods, floors and peers take turns.
+Every size is a process of its own. Within one, a method takes turns with its floor, and
+then with its peer: how long a call takes depends on what the one before it left behind.
 Peak memory is of yet another process for each, beyond what it held after a first call
 with the weights and the input: of JAX that is a compiled program's run.
 """
@@ -39,9 +40,16 @@ from timing import replace_section
 import xviz_jax as xv
 from xviz_jax import tracing
 
+# Each method's floor.
+FLOORS = {
+    "rollout": "forward",
+    "statistics": "forward",
+    "relevance": "forward + backward",
+}
 GOLDENS = Path(__file__).parents[1] / "tests" / "models" / "goldens"
-# Beyond this, maps that are all stored do not fit the machine.
-MOST_MAP_BYTES = 12e9
+# Beyond this, maps that torch stores with their gradients do not fit the machine; and
+# beyond the other, what JAX keeps of a softmax for a backward pass.
+MOST_PEER_BYTES, MOST_KEPT_BYTES = 12e9, 16e9
 TARGET = 1
 
 
@@ -68,8 +76,9 @@ class Size:
         return f"{like}, {self.tokens} tokens, batch {self.batch}"
 
 
-# Images of about as many tokens as the texts. Of 32 inputs of 2,048 tokens the maps
-# that a backward pass keeps do not fit the machine.
+# Images of about as many tokens as the texts. Of 8 inputs of 2,048 tokens the maps
+# that a backward pass keeps do not fit the machine; of 32, one map of a layer takes 3
+# to 6 GB, and a forward pass holds several.
 SIZES = [
     *(Size("image", 14, batch) for batch in (1, 8, 32)),
     *(Size("image", 23, batch) for batch in (1, 8)),
@@ -125,7 +134,7 @@ def main() -> None:
                 "folder": str(folder(size, Path(scratch), options.small)),
                 "rounds": 2 if options.small or size.large else options.rounds,
                 "clock": options.clock,
-                "peer": peer and fits(size),
+                "peer": peer and map_bytes(size) < MOST_PEER_BYTES,
             }
             times = worker("times", base)
             measured = ["rollout"] if options.small else ["rollout", "relevance"]
@@ -134,12 +143,8 @@ def main() -> None:
             if size.large:
                 measured = []
             used = {n: worker("memory", {**base, "method": n}) for n in measured}
-        for n, floor in (
-            ("rollout", "forward"),
-            ("statistics", "forward"),
-            ("relevance", "forward + backward"),
-        ):
-            lines.append(row(size.name, n, floor, times, used))
+        for n in times:
+            lines.append(row(size.name, n, times[n], used))
             print(lines[-1], flush=True)
     lines.append("")
     print("\n".join(lines))
@@ -147,29 +152,25 @@ def main() -> None:
         replace_section(title, lines)
 
 
-def row(model: str, name: str, floor: str, times: dict, used: dict) -> str:
-    mine, base = times[name], times[floor]
+def row(model: str, name: str, times: dict, used: dict) -> str:
+    mine, base = times["own"], times["floor"]
     ratios = [a / b for a, b in zip(mine, base, strict=True)]
     spread = f"{min(ratios):.3f} - {max(ratios):.3f}"
     cells = [f"{1e3 * statistics.median(mine):.1f}"]
     cells += [f"{statistics.median(ratios):.3f}", spread]
-    peer = f"torch {name}"
     size = lambda n: f"{used[n] / 1e6:.0f}" if n in used else "-"
     ratio, error = "-", "-"
-    if peer in times:
-        theirs = [a / b for a, b in zip(times[peer], mine, strict=True)]
-        ratio, error = (
-            f"{statistics.median(theirs):.2f}",
-            f"{times[f'{name} error']:.0e}",
-        )
-    cells += [ratio, size(name), size(peer), error]
+    if "peer" in times:
+        theirs = [a / b for a, b in zip(times["peer"], times["beside"], strict=True)]
+        ratio, error = f"{statistics.median(theirs):.2f}", f"{times['error']:.0e}"
+    cells += [ratio, size(name), size(f"torch {name}"), error]
     return f"| {model} | {name} | " + " | ".join(cells) + " |"
 
 
-def fits(size: Size) -> bool:
+def map_bytes(size: Size) -> float:
+    """Bytes of all maps and of as much again: of gradients, or of exponentials."""
     layers, heads = (12, 6) if size.kind == "image" else (6, 12)
-    # Maps, and their gradients.
-    return 8.0 * layers * heads * size.tokens**2 * size.batch < MOST_MAP_BYTES
+    return 8.0 * layers * heads * size.tokens**2 * size.batch
 
 
 def worker(task: str, argument: dict):
@@ -300,20 +301,34 @@ def theirs(argument: dict) -> dict[str, Callable]:
 
 
 def times(argument: dict) -> dict:
-    """Seconds of each, in turns, and the errors to the peer."""
+    """Of each method, seconds in turns with its floor and its peer, and the error."""
+    size = Size(argument["kind"], argument["length"], argument["batch"])
     calls = ours(argument) | (theirs(argument) if argument["peer"] else {})
     clock = time.perf_counter if argument["clock"] == "wall" else time.process_time
-    found: dict = {name: [] for name in calls}
-    answers = {name: call() for name, call in calls.items()}
-    for _ in range(argument["rounds"]):
-        for name, call in calls.items():
-            begin = clock()
-            call()
-            found[name].append(clock() - begin)
-    for name in ("rollout", "relevance"):
-        if argument["peer"]:
+
+    def turns(*names: str) -> list[list[float]]:
+        found = []
+        # The first turn is not counted: it compiles, and comes after other calls.
+        for _ in range(argument["rounds"] + 1):
+            found.append([])
+            for name in names:
+                begin = clock()
+                answers[name] = calls[name]()
+                found[-1].append(clock() - begin)
+        return [list(each) for each in zip(*found[1:], strict=True)]
+
+    found, answers = {}, {}
+    for name, floor in FLOORS.items():
+        if name == "relevance" and map_bytes(size) > MOST_KEPT_BYTES:
+            continue
+        base, own = turns(floor, name)
+        found[name] = {"own": own, "floor": base}
+        if argument["peer"] and f"torch {name}" in calls:
+            beside, peer = turns(name, f"torch {name}")
             mine, other = np.asarray(answers[name].scores), answers[f"torch {name}"]
-            found[f"{name} error"] = float(np.abs(mine - other).max() / other.max())
+            error = float(np.abs(mine - other).max() / other.max())
+            found[name] |= {"beside": beside, "peer": peer, "error": error}
+        answers.clear()
     return found
 
 
