@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from xviz_jax import tracing
-from xviz_jax.attention import layers
+from xviz_jax.attention.sites import self_attention
 from xviz_jax.tracing import Site
 
 _INPUT = re.compile(r"(\w+)\[([\d, ]*)\]")
@@ -73,7 +73,7 @@ def advice(sites: Sequence[Site], args: Sequence[Any]) -> dict[str, str]:
     """
     attention = "works"
     try:
-        layers.self_attention(sites)
+        self_attention(sites)
     except ValueError as error:
         attention = f"no: {error}"
     gradients = "works"

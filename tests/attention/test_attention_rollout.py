@@ -12,7 +12,7 @@ from tests.comparison import compiled
 from tests.contract.quick import quick_compilation as quick_compilation
 from tests.contract.table import LENGTH, example, parameters, transformer
 from xviz_jax import tracing
-from xviz_jax.attention import layers
+from xviz_jax.attention.sites import self_attention
 
 WEIGHTS = parameters()
 
@@ -26,7 +26,7 @@ def way(request, monkeypatch):
     """Small maps are read as they are; made again from q and k otherwise."""
     if request.param == "tiles":
         for limit in ("_SMALL_MAP", "_FUSED_MAP"):
-            monkeypatch.setattr(layers, limit, 0)
+            monkeypatch.setattr(xv.attention.layers, limit, 0)
 
 
 def maps(x):
@@ -215,10 +215,10 @@ def test_cross_attention_is_refused():
 def test_sealed_and_unknown_attention_is_refused():
     sealed = tracing.Site("splash", "attention", shape=(1, 1, 5, 5), why="no mask")
     with pytest.raises(ValueError, match="'splash' cannot be read: no mask"):
-        layers.self_attention([sealed])
+        self_attention([sealed])
     unknown = tracing.Site("kernel", "unknown", why="no signature")
     with pytest.raises(ValueError, match="not understood: 'kernel': no signature"):
-        layers.self_attention([unknown])
+        self_attention([unknown])
 
 
 def test_batches_are_refused():

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from xviz_jax import attribution
-from xviz_jax.attention import layers, rows
+from xviz_jax.attention import layers, queries, rows, stack
+from xviz_jax.attention.fusion import Fusion
 from xviz_jax.attribution import Attribution, Target
 
 
@@ -46,8 +47,8 @@ def attcat(model: Callable, *, start_layer: int = 0) -> Callable[..., Attributio
             return attribution.explained(attribution.hold(target, logits), logits)
 
         logits, found = layers.capture(model, args, scalar, streams=True)
-        kept = layers.since(found, start_layer)
-        attention = rows.each(kept, rows.uniform(found), rows.Fusion())
+        kept = stack.since(found, start_layer)
+        attention = rows.each(kept, queries.uniform(found), Fusion())
         impacts = [
             jnp.sum(
                 layer.values["stream"].astype(jnp.float32)

@@ -7,15 +7,16 @@ import jax
 import jax.numpy as jnp
 
 from xviz_jax import attribution, chunks
-from xviz_jax.attention import layers, max_flow, rows
+from xviz_jax.attention import layers, masking, max_flow, queries, rows, stack
 from xviz_jax.attention.attention_rollout import Heads, check_heads
+from xviz_jax.attention.fusion import Fusion
 from xviz_jax.attribution import Attribution, Target
 
 
 def attention_flow(
     model: Callable,
     *,
-    query: rows.Query | None = 0,
+    query: queries.Query | None = 0,
     heads: Heads = "mean",
     residual: float = 0.5,
     start_layer: int = 0,
@@ -73,13 +74,13 @@ def attention_flow(
     chunks.positive(chunk, "chunk")
     if isinstance(residual, str) or not 0 <= residual <= 1:
         raise ValueError(f"`residual` is a weight from 0 to 1, got {residual!r}")
-    fusion = rows.Fusion(heads)
+    fusion = Fusion(heads)
 
     def explain(*args: Any, target: Target = None, key: Any = None) -> Attribution:
         del key
         logits, found = layers.capture(model, args)
         widths = rows.matrices(
-            layers.since(found, start_layer),
+            stack.since(found, start_layer),
             fusion,
             residual=float(residual),
             normalize=True,
@@ -87,10 +88,10 @@ def attention_flow(
         length = widths.shape[-1]
         if query is None:
             # Nothing flows from a position that no query may attend.
-            own = jnp.diag(layers.attended(found).astype(jnp.float32))
+            own = jnp.diag(masking.attended(found).astype(jnp.float32))
         else:
-            start = rows.resolve(query, found, model, args)
-            own = rows.row_weights(start, length)[None]
+            start = queries.resolve(query, found, model, args)
+            own = queries.row_weights(start, length)[None]
         flow, least = jax.lax.map(
             lambda one: max_flow.from_position(widths, one, chunk), own
         )

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from xviz_jax import attribution
-from xviz_jax.attention import layers, rows
+from xviz_jax.attention import layers, masking, queries, rows, stack
+from xviz_jax.attention.fusion import Fusion
 from xviz_jax.attribution import Attribution, Target
 
 
 def attention_grad_cam(
-    model: Callable, *, query: rows.Query = 0, layer: int = -1
+    model: Callable, *, query: queries.Query = 0, layer: int = -1
 ) -> Callable[..., Attribution]:
     """One layer's attention, its heads weighed by their gradients as in Grad-CAM.
 
@@ -53,12 +54,12 @@ def attention_grad_cam(
             return attribution.explained(attribution.hold(target, logits), logits)
 
         logits, found = layers.capture(model, args, scalar)
-        one = layers.pick(found, layer)
-        seen = layers.attended([one]).astype(jnp.float32)
-        start = rows.resolve(query, found, model, args)
-        share = rows.row_weights(start, one.site.shape[-1])
+        one = stack.pick(found, layer)
+        seen = masking.attended([one]).astype(jnp.float32)
+        start = queries.resolve(query, found, model, args)
+        share = queries.row_weights(start, one.site.shape[-1])
         weights = _mean_gradients(one.values, share, seen / jnp.sum(seen))
-        fusion = rows.Fusion("weighted", head_weights=weights / len(weights))
+        fusion = Fusion("weighted", head_weights=weights / len(weights))
         row = rows.propagate([one], start, fusion, residual=0.0)
         return Attribution(scores=jax.nn.relu(row), output=scalar(logits))
 

@@ -6,8 +6,10 @@ from typing import Any
 import jax
 
 from xviz_jax import attribution
-from xviz_jax.attention import co_attention, layers, rows
+from xviz_jax.attention import co_attention, layers, queries, rows, stack
 from xviz_jax.attention.attention_rollout import Heads, check_heads
+from xviz_jax.attention.fusion import Fusion
+from xviz_jax.attention.sites import readable, self_attention
 from xviz_jax.attention.streams import Naming, several
 from xviz_jax.attribution import Attribution, Target
 from xviz_jax.tracing.program import trace
@@ -16,7 +18,7 @@ from xviz_jax.tracing.program import trace
 def attention_relevance(
     model: Callable,
     *,
-    query: rows.Query | Mapping[str, rows.Query] = 0,
+    query: queries.Query | Mapping[str, queries.Query] = 0,
     heads: Heads = "mean",
     start_layer: int = 0,
     streams: Naming | None = None,
@@ -86,7 +88,7 @@ def attention_relevance(
             return attribution.explained(attribution.hold(target, logits), logits)
 
         program = trace(model, args, {})
-        found = several(program, layers.readable(program.sites), streams)
+        found = several(program, readable(program.sites), streams)
         if found is not None:
             if heads != "mean":
                 raise ValueError(
@@ -103,13 +105,13 @@ def attention_relevance(
                 f"`query` names a sequence where there are several, got {query!r} for "
                 "a model of one"
             )
-        sites = layers.self_attention(program.sites)
-        fusion = rows.Fusion(heads, "relu_gradient_x_attention")
+        sites = self_attention(program.sites)
+        fusion = Fusion(heads, "relu_gradient_x_attention")
         keep = fusion.inside(query)
         logits, read = layers.capture_of(program, sites, scalar, keep=keep)
-        start = rows.resolve(query, read, model, args)
+        start = queries.resolve(query, read, model, args)
         row = rows.propagate(
-            layers.since(read, start_layer),
+            stack.since(read, start_layer),
             start,
             fusion,
             residual="add",
@@ -118,7 +120,7 @@ def attention_relevance(
         return Attribution(
             scores=row,
             output=scalar(logits),
-            diagnostics=rows.diagnostics(row, start),
+            diagnostics=queries.diagnostics(row, start),
         )
 
     return explain

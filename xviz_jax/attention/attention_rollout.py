@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from xviz_jax import attribution
-from xviz_jax.attention import layers, rows
+from xviz_jax.attention import layers, queries, rows, stack
+from xviz_jax.attention.fusion import Fusion
 from xviz_jax.attribution import Attribution, Target
 
 Heads = Literal["mean", "max", "min"]
@@ -23,7 +24,7 @@ _CONVENTIONS: dict[str, tuple[Literal["add"] | float, float]] = {
 def attention_rollout(
     model: Callable,
     *,
-    query: rows.Query | None = 0,
+    query: queries.Query | None = 0,
     heads: Heads | jax.Array = "mean",
     residual: Literal["add"] | float | None = None,
     discard_ratio: float | None = None,
@@ -106,14 +107,14 @@ def attention_rollout(
         del key
         logits, found = layers.capture(model, args, keep=fusion.inside(query))
         _check_weights(fusion, found)
-        start = None if query is None else rows.resolve(query, found, model, args)
-        found = layers.since(found, start_layer)
+        start = None if query is None else queries.resolve(query, found, model, args)
+        found = stack.since(found, start_layer)
         if start is None:
             scores = rows.product(found, fusion, **options)
             own = jnp.eye(len(scores))
         else:
             scores = rows.propagate(found, start, fusion, **options)
-            own = rows.row_weights(start, len(scores))
+            own = queries.row_weights(start, len(scores))
         self_share = jnp.sum(scores * own, axis=-1)
         if exclude_self:
             if start is not None and jnp.ndim(start) == 1:
@@ -130,17 +131,17 @@ def attention_rollout(
     return explain
 
 
-def _fusion(heads: Heads | jax.Array, discard_ratio: float) -> rows.Fusion:
+def _fusion(heads: Heads | jax.Array, discard_ratio: float) -> Fusion:
     if isinstance(heads, str):
         check_heads(heads)
-        return rows.Fusion(heads, discard_ratio=discard_ratio)
+        return Fusion(heads, discard_ratio=discard_ratio)
     weights = jnp.asarray(heads, jnp.float32)
     if weights.ndim != 1:
         raise ValueError(f"`heads` has one weight for each, got shape {weights.shape}")
-    return rows.Fusion("weighted", head_weights=weights, discard_ratio=discard_ratio)
+    return Fusion("weighted", head_weights=weights, discard_ratio=discard_ratio)
 
 
-def _check_weights(fusion: rows.Fusion, found: list[layers.Layer]) -> None:
+def _check_weights(fusion: Fusion, found: list[stack.Layer]) -> None:
     counts = {layer.site.shape[-3] for layer in found}
     if fusion.head_weights is not None and counts != {len(fusion.head_weights)}:
         raise ValueError(

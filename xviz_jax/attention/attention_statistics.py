@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from xviz_jax import attribution
-from xviz_jax.attention import layers, rows
-from xviz_jax.attention.layers import Layer
+from xviz_jax.attention import layers, masking, operands, rows
+from xviz_jax.attention.fusion import Fusion
+from xviz_jax.attention.sites import of_one_sequence
+from xviz_jax.attention.stack import Layer
 from xviz_jax.attribution import Attribution, Target
 from xviz_jax.kernels.attention_statistics import attention_statistics as kernel
 from xviz_jax.kernels.attention_statistics.statistics import (
@@ -75,7 +77,7 @@ def attention_statistics(
     def explain(*args: Any, target: Target = None, key: Any = None) -> Attribution:
         del key
         program = trace(model, args, {})
-        sites = layers.of_one_sequence(program)
+        sites = of_one_sequence(program)
         heads, length = {site.shape[-3] for site in sites}, sites[0].shape[-1]
         if len(heads) > 1:
             raise ValueError(
@@ -121,7 +123,7 @@ def _of_map(
 ) -> dict[str, jax.Array]:
     """Of a layer whose map is at hand, one strip of queries after another."""
     p = values["probabilities"][0]
-    share = _shares(layers.attended_in(site, values), padding)
+    share = _shares(masking.attended_in(site, values), padding)
     marked = None if padding is None else padding[None, None]
     heads, _, length = p.shape
     size = min(max(_STRIP // (4 * heads * length), 16), length)
@@ -173,17 +175,17 @@ def _of_layer(
         return values
     if "probabilities" in values:
         return _of_map(padding, top_k, layer.site, values)
-    share = _shares(layers.attended([layer]), padding)
-    stacks = rows.stacks_of(layer, rows.Fusion())
+    share = _shares(masking.attended([layer]), padding)
+    stacks = operands.stacks_of(layer, Fusion())
     found = kernel(
-        **{rows.SINGLE[name]: stack[0] for name, stack in stacks.items()},
+        **{operands.SINGLE[name]: stack[0] for name, stack in stacks.items()},
         marked_keys=None if padding is None else padding[None],
         # The strongest key is needed to compare heads, whether it is listed or not.
         top_k=max(top_k, 1),
-        **rows.scoring(layer),
+        **operands.scoring(layer),
     )
     found = jax.tree.map(lambda leaf: leaf[0], found)
-    received = rows.propagate([layer], share, rows.Fusion(), residual=0.0)
+    received = rows.propagate([layer], share, Fusion(), residual=0.0)
     return _averaged(found, share, top_k, received)
 
 

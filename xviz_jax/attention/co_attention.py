@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from xviz_jax.attention import layers, rows
-from xviz_jax.attention.layers import Layer
+from xviz_jax.attention import layers, queries, rows, stack
+from xviz_jax.attention.fusion import Fusion
+from xviz_jax.attention.sites import readable
+from xviz_jax.attention.stack import Layer
 from xviz_jax.attention.streams import Streams
 from xviz_jax.tracing import Site
 from xviz_jax.tracing.program import Program
@@ -34,7 +36,7 @@ def relevance(
     program: Program,
     streams: Streams,
     scalar: Callable[[jax.Array], jax.Array],
-    query: rows.Query | Mapping[str, rows.Query],
+    query: queries.Query | Mapping[str, queries.Query],
     start_layer: int,
 ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
     """The explained row of the relevance of each sequence.
@@ -54,9 +56,9 @@ def relevance(
         none, if attention leads from there to only some, or if layers run beside
         each other.
     """
-    sites = layers.readable(program.sites)
+    sites = readable(program.sites)
     for site in sites:
-        if len(layers.turning(site)) > 1:
+        if len(stack.turning(site)) > 1:
             raise ValueError(
                 f"{site.name!r} lies in a loop inside a loop, of which the order of "
                 "layers over several sequences is not told"
@@ -67,11 +69,11 @@ def relevance(
     start = _start(found, streams, stream, query)
     states = _States(streams)
     steps = _steps(found)
-    layers.check_start(len(steps), start_layer)
+    stack.check_start(len(steps), start_layer)
     for step in steps[start_layer:]:
         states.take(step)
     last = states.of(stream)
-    share = rows.row_weights(start, streams.lengths[stream])
+    share = queries.row_weights(start, streams.lengths[stream])
     scores = {
         name: jnp.matmul(share, last[name], precision="highest")
         if name in last
@@ -84,8 +86,8 @@ def relevance(
 
 
 def _explained(
-    streams: Streams, query: rows.Query | Mapping[str, rows.Query]
-) -> tuple[str, rows.Query]:
+    streams: Streams, query: queries.Query | Mapping[str, queries.Query]
+) -> tuple[str, queries.Query]:
     if isinstance(query, Mapping):
         if len(query) != 1 or not set(query) <= set(streams.lengths):
             raise ValueError(
@@ -115,20 +117,20 @@ def _check_reached(streams: Streams, stream: str) -> None:
 
 
 def _start(
-    found: list[Layer], streams: Streams, stream: str, query: rows.Query
+    found: list[Layer], streams: Streams, stream: str, query: queries.Query
 ) -> int | jax.Array:
     length = streams.lengths[stream]
     own = [layer for layer in found if streams.of[layer.site.name] == (stream, stream)]
     if isinstance(query, str) and query == "mean" and own:
-        return rows.uniform(own[:1])
+        return queries.uniform(own[:1])
     if isinstance(query, str):
         raise ValueError(
             f"`query` is a position or weights of the {length} positions of "
             f"{stream!r}, or 'mean' of one that attends to itself, got {query!r}"
         )
     if jnp.ndim(query) == 1:
-        return rows.weights_of_rows(query, length)
-    rows.one_hot(query, length)
+        return queries.weights_of_rows(query, length)
+    queries.one_hot(query, length)
     return query
 
 
@@ -138,7 +140,7 @@ def _steps(found: list[Layer]) -> list[Step]:
     for layer in found:
         for number in range(layer.length):
             turn = sum(step.site is layer.site for step in steps)
-            steps.append(Step(layer.site, turn, layers.pick([layer], number)))
+            steps.append(Step(layer.site, turn, stack.pick([layer], number)))
     return steps
 
 
@@ -167,9 +169,7 @@ class _States:
                     f"{step.site.name!r} runs beside {beside!r} and not after it; this "
                     "method takes layers of one sequence one after another"
                 )
-        weights = rows.matrix(
-            step.layer, rows.Fusion(relevance="relu_gradient_x_attention")
-        )
+        weights = rows.matrix(step.layer, Fusion(relevance="relu_gradient_x_attention"))
         before, attended = self.states[query][own], self.states[key][other]
         after = dict(before)
         for name, reached in attended.items():
@@ -195,7 +195,7 @@ def _was_before(step: Step, run: Run, writer: Step) -> bool:
         return True
     name = writer.site.name
     together = writer.site.order[:-1] == step.site.order[:-1]
-    if together and writer.turn == step.turn and layers.turning(step.site):
+    if together and writer.turn == step.turn and stack.turning(step.site):
         return name in run.now
     return name in run.now | run.earlier
 

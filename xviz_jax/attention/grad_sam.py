@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from xviz_jax import attribution
-from xviz_jax.attention import layers, rows
+from xviz_jax.attention import layers, queries, rows, stack
+from xviz_jax.attention.fusion import Fusion
 from xviz_jax.attribution import Attribution, Target
 
 
@@ -46,9 +47,9 @@ def grad_sam(model: Callable, *, start_layer: int = 0) -> Callable[..., Attribut
 
         logits, found = layers.capture(model, args, scalar)
         each = rows.each(
-            layers.since(found, start_layer),
-            rows.uniform(found),
-            rows.Fusion(relevance="relu_gradient_x_attention"),
+            stack.since(found, start_layer),
+            queries.uniform(found),
+            Fusion(relevance="relu_gradient_x_attention"),
         )
         return Attribution(scores=jnp.mean(each, axis=0), output=scalar(logits))
 

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import jax
 
 from xviz_jax import attribution
-from xviz_jax.attention import layers, rows
+from xviz_jax.attention import layers, queries, rows, stack
+from xviz_jax.attention.fusion import Fusion
 from xviz_jax.attribution import Attribution, Target
 
 Convention = Literal["abnar2020", "vit_explain"]
@@ -21,7 +22,7 @@ _CONVENTIONS: dict[str, float] = {"abnar2020": 0.0, "vit_explain": 0.9}
 def gradient_rollout(
     model: Callable,
     *,
-    query: rows.Query = 0,
+    query: queries.Query = 0,
     residual: float = 0.5,
     discard_ratio: float | None = None,
     start_layer: int = 0,
@@ -79,7 +80,7 @@ def gradient_rollout(
         raise ValueError(f"`residual` is a weight from 0 to 1, got {residual}")
     if not 0 <= discarded < 1:
         raise ValueError(f"`discard_ratio` is from 0 to less than 1, got {discarded}")
-    fusion = rows.Fusion(
+    fusion = Fusion(
         relevance="gradient_x_attention",
         rectify=True,
         discard_ratio=float(discarded),
@@ -93,9 +94,9 @@ def gradient_rollout(
 
         keep = fusion.inside(query)
         logits, found = layers.capture(model, args, scalar, keep=keep)
-        start = rows.resolve(query, found, model, args)
+        start = queries.resolve(query, found, model, args)
         row = rows.propagate(
-            layers.since(found, start_layer),
+            stack.since(found, start_layer),
             start,
             fusion,
             residual=float(residual),
@@ -104,7 +105,7 @@ def gradient_rollout(
         return Attribution(
             scores=row,
             output=scalar(logits),
-            diagnostics=rows.diagnostics(row, start),
+            diagnostics=queries.diagnostics(row, start),
         )
 
     return explain

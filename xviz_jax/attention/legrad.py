@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from xviz_jax import attribution, chunks
-from xviz_jax.attention import layers, rows
-from xviz_jax.attention.layers import Layer
+from xviz_jax.attention import layers, masking, queries, rows, stack
+from xviz_jax.attention.fusion import gradient_row
+from xviz_jax.attention.stack import Layer
 from xviz_jax.attribution import Attribution, Target
 
 # Queries whose gradients are made at once.
@@ -60,8 +61,8 @@ def legrad(
             return attribution.explained(attribution.hold(target, logits), own)
 
         logits, found = layers.capture_own(model, args, scalar, last)
-        kept = layers.since(found, start_layer)
-        share = rows.uniform(found)
+        kept = stack.since(found, start_layer)
+        share = queries.uniform(found)
         each = rows.apart(kept, lambda layer: _of_layer(layer, share))
         scores = jnp.sum(jnp.concatenate(each), axis=0)
         return Attribution(scores=scores, output=scalar(logits, logits))
@@ -73,8 +74,8 @@ def _of_layer(layer: Layer, share: jax.Array) -> jax.Array:
     """The mean over heads and queries of what of the gradient is positive."""
 
     def of_query(position: jax.Array) -> jax.Array:
-        slope = rows.gradient_row(layer.values, position)
-        counted = jnp.where(layers.seen(layer, position), jax.nn.relu(slope), 0)
+        slope = gradient_row(layer.values, position)
+        counted = jnp.where(masking.seen(layer, position), jax.nn.relu(slope), 0)
         return jnp.mean(counted, axis=0)
 
     return chunks.total(of_query, jnp.arange(len(share)), _TILE, share)

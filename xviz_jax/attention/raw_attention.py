@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from xviz_jax import attribution
-from xviz_jax.attention import layers, rows
+from xviz_jax.attention import layers, queries, rows, stack
 from xviz_jax.attention.attention_rollout import Heads, check_heads
+from xviz_jax.attention.fusion import Fusion
+from xviz_jax.attention.sites import readable
 from xviz_jax.attribution import Attribution, Target
 from xviz_jax.tracing.program import trace
 from xviz_jax.tracing.site import positions
@@ -17,7 +19,7 @@ from xviz_jax.tracing.site import positions
 def raw_attention(
     model: Callable,
     *,
-    query: rows.Query = 0,
+    query: queries.Query = 0,
     layer: int | str = -1,
     head: int | None = None,
     heads: Heads = "mean",
@@ -74,10 +76,10 @@ def raw_attention(
             diagnostics = {"mass": jnp.sum(row)}
         else:
             logits, found = layers.capture(model, args)
-            one = layers.pick(found, layer)
-            start = rows.resolve(query, found, model, args)
+            one = stack.pick(found, layer)
+            start = queries.resolve(query, found, model, args)
             row = rows.propagate([one], start, _fusion(one, head, heads), residual=0.0)
-            diagnostics = rows.diagnostics(row, start)
+            diagnostics = queries.diagnostics(row, start)
         return Attribution(
             scores=row,
             output=attribution.explained(attribution.hold(target, logits), logits),
@@ -87,32 +89,32 @@ def raw_attention(
     return explain
 
 
-def _named(model: Callable, args: Any, name: str) -> tuple[jax.Array, layers.Layer]:
+def _named(model: Callable, args: Any, name: str) -> tuple[jax.Array, stack.Layer]:
     """What the model says, and the layer of a site, whichever sequences it joins."""
     program = trace(model, tuple(args), {})
-    sites = layers.readable(program.sites)
+    sites = readable(program.sites)
     chosen = [site for site in sites if site.name == name]
     if not chosen:
         known = [site.name for site in sites]
         raise ValueError(f"no attention is named {name!r}; there are {known}")
     logits, found = layers.capture_of(program, chosen)
-    return logits, layers.pick(found, -1)
+    return logits, stack.pick(found, -1)
 
 
-def _row(layer: layers.Layer, query: rows.Query, fusion: rows.Fusion) -> jax.Array:
+def _row(layer: stack.Layer, query: queries.Query, fusion: Fusion) -> jax.Array:
     if isinstance(query, str):
         raise ValueError(
             f"`query` of a named layer is a position or weights of rows, got {query!r}"
         )
     length, _ = positions(layer.site)
     weighed = jnp.ndim(query) == 1
-    start = (rows.weights_of_rows if weighed else rows.one_hot)(query, length)
+    start = (queries.weights_of_rows if weighed else queries.one_hot)(query, length)
     return jnp.matmul(start, rows.matrix(layer, fusion), precision="highest")
 
 
-def _fusion(layer: layers.Layer, head: int | None, heads: Heads) -> rows.Fusion:
+def _fusion(layer: stack.Layer, head: int | None, heads: Heads) -> Fusion:
     if head is None:
-        return rows.Fusion(heads)
+        return Fusion(heads)
     count = layer.site.shape[-3]
     if not -count <= head < count:
         raise ValueError(
@@ -120,4 +122,4 @@ def _fusion(layer: layers.Layer, head: int | None, heads: Heads) -> rows.Fusion:
             f"got {head}"
         )
     chosen = jax.nn.one_hot(head % count, count, dtype=jnp.float32)
-    return rows.Fusion("weighted", head_weights=chosen)
+    return Fusion("weighted", head_weights=chosen)

@@ -1,181 +1,19 @@
 """Rows carried through layers of attention, from the last to the first."""
 
-import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from xviz_jax.attention.layers import KeepOf, Layer, attended
+from xviz_jax.attention.fusion import Fusion
+from xviz_jax.attention.masking import attended
+from xviz_jax.attention.operands import SINGLE, scoring, stacks_of
+from xviz_jax.attention.queries import one_hot
+from xviz_jax.attention.stack import Layer
 from xviz_jax.kernels.attention_fused_matrix import attention_fused_matrix
 from xviz_jax.kernels.attention_fused_quantile import attention_fused_quantile
-from xviz_jax.kernels.attention_map import HeadFusion, Relevance
 from xviz_jax.kernels.rollout_rows import rollout_rows
-from xviz_jax.tracing import pooling
-from xviz_jax.tracing.program import trace
-
-# What kernels of one layer call the stacks of those of several.
-SINGLE = {
-    "qs": "q",
-    "ks": "k",
-    "vs": "v",
-    "douts": "dout",
-    "masks": "mask",
-    "biases": "bias",
-    "key_masks": "key_mask",
-    "head_weights": "head_weights",
-    "thresholds": "threshold",
-}
-# One position, weights of rows, `mean`: all rows but padding's, alike; or `pooled`:
-# as the model's output reads them.
-Query = int | jax.Array | Literal["mean", "pooled"]
-_SINGULAR = {"masks": "mask", "biases": "bias", "key_masks": "key_mask"}
-
-
-def one_hot(query: int | jax.Array, length: int) -> jax.Array:
-    """A row that is 1 at one position, float32 `[length]`; NaN outside the sequence.
-
-    Raises:
-      ValueError: If `query` is no position.
-    """
-    if isinstance(query, int) and not -length <= query < length:
-        raise ValueError(
-            f"`query` is a position from {-length} to {length - 1}, got {query}"
-        )
-    position = jnp.asarray(query)
-    if position.shape != () or not jnp.issubdtype(position.dtype, jnp.integer):
-        raise ValueError(
-            f"`query` is one integer position, got {position.dtype} of shape "
-            f"{position.shape}"
-        )
-    valid = (position >= -length) & (position < length)
-    row = jax.nn.one_hot(position % length, length, dtype=jnp.float32)
-    return jnp.where(valid, row, jnp.nan)
-
-
-def resolve(
-    query: Query, layers: Sequence[Layer], model: Callable, args: Sequence[Any]
-) -> int | jax.Array:
-    """A position, or weights of rows, as `propagate` takes them.
-
-    Args:
-      query: As a user gives it.
-      layers: As `capture` gives them, all of the model's.
-      model: Whose layers these are.
-      args: Its positional arguments.
-
-    Raises:
-      ValueError: If it is neither a position nor weights of all rows, or if it is
-        `pooled` and how the model pools is not found.
-    """
-    length = layers[-1].site.shape[-1]
-    if isinstance(query, str):
-        if query == "mean":
-            return uniform(layers)
-        if query != "pooled":
-            raise ValueError(
-                "`query` is a position, weights of rows, 'mean' or 'pooled', got "
-                f"{query!r}"
-            )
-        query = pooling.weights(trace(model, tuple(args), {}))
-    if jnp.ndim(query) == 1:
-        return weights_of_rows(query, length)
-    one_hot(query, length)
-    return query
-
-
-def weights_of_rows(query: int | jax.Array, length: int) -> jax.Array:
-    """Weights of rows, float32 `[length]`.
-
-    Raises:
-      ValueError: If these are no floats, or not one for each row.
-    """
-    weights = jnp.asarray(query)
-    if weights.shape != (length,) or not jnp.issubdtype(weights.dtype, jnp.floating):
-        raise ValueError(
-            f"weights of rows in `query` are float[{length}], got {weights.dtype}"
-            f"{list(weights.shape)}"
-        )
-    return weights.astype(jnp.float32)
-
-
-@dataclasses.dataclass(frozen=True)
-class Fusion:
-    """How a layer's heads become one matrix, and what becomes of it.
-
-    Attributes:
-      heads: As `head_fusion` of `kernels.rollout_rows`.
-      relevance: As in `kernels.rollout_rows`.
-      head_weights: `[heads]`, the same in every layer, for `weighted`.
-      rectify: Whether negative entries become zero once the heads are fused.
-      discard_ratio: The fraction of entries of each fused map, its lowest, to zero.
-    """
-
-    heads: HeadFusion = "mean"
-    relevance: Relevance = "attention"
-    head_weights: jax.Array | None = None
-    rectify: bool = False
-    discard_ratio: float = 0.0
-
-    def of_heads(
-        self, maps: jax.Array, gradients: jax.Array | None = None
-    ) -> jax.Array:
-        """One map of several heads', float32 `[..., 1, query, key]`.
-
-        Args:
-          maps: `[..., heads, query, key]`.
-          gradients: At the maps, where `relevance` needs them.
-        """
-        if self.relevance != "attention" and gradients is None:
-            raise ValueError(f"`relevance` of {self.relevance!r} needs gradients")
-        weights = maps.astype(jnp.float32)
-        if gradients is not None:
-            # A key that is not attended contributes nothing, whatever it holds.
-            weights = jnp.where(weights == 0, 0, weights * gradients)
-        if self.relevance == "relu_gradient_x_attention":
-            weights = jax.nn.relu(weights)
-        heads = weights.shape[-3]
-        shares = self.head_weights
-        if shares is None:
-            share = 1 / heads if self.heads == "mean" else 1
-            shares = jnp.full(heads, share, jnp.float32)
-        fuse = {"max": jnp.maximum, "min": jnp.minimum}.get(self.heads)
-        if fuse is None and gradients is not None:
-            # A product: on a CPU, XLA computes a sum that a loop stacks on one core.
-            fused = jnp.einsum("h,...hqk->...qk", shares, weights, precision="highest")
-            return fused[..., None, :, :]
-        # One after another: XLA would store what a reduction of all begins with.
-        cut = lambda head: jax.lax.slice_in_dim(
-            weights, head, head + 1, axis=weights.ndim - 3
-        )
-        each = (cut(head) * shares[head] for head in range(heads))
-        return functools.reduce(fuse or jnp.add, each)
-
-    def inside(self, query: Query | None) -> KeepOf | None:
-        """Fuses a layer's heads inside the model, as `keep` of `layers.capture`.
-
-        None where heads are weighed, which are to be counted first; and for the mean
-        of gradients, for which rows are padding's is told by the maps.
-        """
-        if self.head_weights is not None:
-            return None
-        if self.relevance == "attention":
-            plain = lambda values: self.of_heads(values["probabilities"])
-            return lambda _, values: {"probabilities": plain(values)}
-        if isinstance(query, str) and query == "mean":
-            return None
-        weighed = lambda values: self.of_heads(
-            values["probabilities"], values["probabilities_cotangent"]
-        )
-        return lambda _, values: {"relevance": weighed(values)}
-
-    @property
-    def keeps_sums(self) -> bool:
-        """Whether rows sum to one because those of attention do."""
-        plain = self.heads == "mean" and self.relevance == "attention"
-        return plain and not self.discard_ratio
 
 
 def propagate(
@@ -339,16 +177,6 @@ def split(layer: Layer) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     return own, {n: a[0] for n, a in layer.values.items() if n not in own}
 
 
-def scoring(layer: Layer) -> dict[str, Any]:
-    """How a kernel makes a layer's probabilities of its queries and keys."""
-    return {
-        "causal": bool(layer.site.causal),
-        "window": layer.site.window,
-        "scale": layer.site.scale,
-        "softcap": layer.site.softcap,
-    }
-
-
 def _shares(residual: Literal["add"] | float) -> tuple[float, float]:
     """Of the identity and of attention."""
     return (1.0, 1.0) if residual == "add" else (residual, 1 - residual)
@@ -357,7 +185,7 @@ def _shares(residual: Literal["add"] | float) -> tuple[float, float]:
 def matrix(layer: Layer, fusion: Fusion) -> jax.Array:
     """The fused map of one layer, float32 `[query, key]`."""
     if _is_at_hand(layer):
-        return _fused(layer.values, fusion)
+        return fusion.of_layer(layer.values)
     options = {SINGLE[n]: stack[0] for n, stack in stacks_of(layer, fusion).items()}
     options |= scoring(layer)
     options |= {"relevance": fusion.relevance, "head_fusion": fusion.heads}
@@ -365,44 +193,6 @@ def matrix(layer: Layer, fusion: Fusion) -> jax.Array:
         ratio = fusion.discard_ratio
         options["threshold"] = attention_fused_quantile(ratio=ratio, **options)
     return attention_fused_matrix(**options)[0]
-
-
-def stacks_of(layer: Layer, fusion: Fusion) -> dict[str, Any]:
-    """Array arguments of `rollout_rows`."""
-    values = dict(layer.values)
-    stacks = {"qs": values["query"], "ks": values["key"]}
-    if fusion.relevance != "attention":
-        stacks["vs"] = values["value"]
-        # The gradient of a 16-bit output has no more than 16 bits.
-        stacks["douts"] = values["output_cotangent"].astype(values["value"].dtype)
-    if len({array.dtype for array in stacks.values()}) > 1:
-        stacks = {n: array.astype(jnp.float32) for n, array in stacks.items()}
-    for name, plural in (("remaining_mask", "masks"), ("bias", "biases")):
-        if name not in values:
-            continue
-        array = values[name]
-        if name == "remaining_mask" and array.shape[-3:-1] == (1, 1):
-            plural, array = "key_masks", array[..., 0, 0, :]
-        stacks[plural] = array
-    every = layer.count or 1
-    if fusion.head_weights is not None:
-        shape = (every, *fusion.head_weights.shape)
-        own = jnp.broadcast_to(fusion.head_weights, shape)
-        stacks["head_weights"] = own if layer.count is not None else own[0]
-    if fusion.rectify:
-        own = jnp.zeros((every, 1), jnp.float32)
-        stacks["thresholds"] = own if layer.count is not None else own[0]
-    if layer.count is None:
-        return {name: [array] for name, array in stacks.items()}
-    options = {}
-    for name, array in stacks.items():
-        if len(array) == layer.count:
-            options[name] = array
-        elif name in _SINGULAR:
-            options[_SINGULAR[name]] = array[0]
-        else:
-            options[name] = jnp.broadcast_to(array, (layer.count, *array.shape[1:]))
-    return options
 
 
 def _dense(
@@ -422,66 +212,10 @@ def _dense(
         ]
     kept, mixed = _shares(residual)
     for values in reversed(turns):
-        fused = _fused(values, fusion)
+        fused = fusion.of_layer(values)
         if normalize:
             total = kept + mixed * jnp.sum(fused, axis=-1)
             row = row / jnp.where(total == 0, 1, total)
         # A sum: XLA would copy the map out of its stack for a product.
         row = kept * row + mixed * jnp.sum(row[:, None] * fused, axis=0)
     return row
-
-
-def _fused(values: dict[str, jax.Array], fusion: Fusion) -> jax.Array:
-    """The map of one layer with its heads fused, float32 `[length, length]`."""
-    if "relevance" in values:
-        fused = values["relevance"][0, 0]
-    else:
-        slopes = None if fusion.relevance == "attention" else gradient(values)
-        fused = fusion.of_heads(values["probabilities"][0], slopes)[0]
-    if fusion.discard_ratio:
-        lowest = int(fusion.discard_ratio * fused.size)
-        fused = jnp.where(fused < jnp.sort(fused, axis=None)[lowest], 0, fused)
-    return jax.nn.relu(fused) if fusion.rectify else fused
-
-
-def gradient(values: dict[str, jax.Array]) -> jax.Array:
-    """The gradient at one layer's map, float32 `[heads, query, key]`."""
-    if "probabilities_cotangent" in values:
-        return values["probabilities_cotangent"][0].astype(jnp.float32)
-    cotangent = values["output_cotangent"][0].astype(jnp.float32)
-    group = cotangent.shape[-2] // values["value"].shape[-2]
-    value = jnp.repeat(values["value"][0].astype(jnp.float32), group, axis=1)
-    return jnp.einsum("qhd,khd->hqk", cotangent, value, precision="highest")
-
-
-def gradient_row(values: dict[str, jax.Array], position: jax.Array) -> jax.Array:
-    """The gradient at one query of one layer's map, float32 `[heads, key]`."""
-    if "probabilities_cotangent" in values:
-        return values["probabilities_cotangent"][0][:, position].astype(jnp.float32)
-    cotangent = values["output_cotangent"][0][position].astype(jnp.float32)
-    value = values["value"][0].astype(jnp.float32)
-    cotangent = cotangent.reshape(value.shape[1], -1, value.shape[2])
-    slope = jnp.einsum("hgd,khd->hgk", cotangent, value, precision="highest")
-    return slope.reshape(-1, len(value))
-
-
-def uniform(layers: Sequence[Layer]) -> jax.Array:
-    """Equal weights of all rows but padding's, float32 `[length]`."""
-    seen = attended(layers).astype(jnp.float32)
-    return seen / jnp.maximum(jnp.sum(seen), 1)
-
-
-def diagnostics(row: jax.Array, query: int | jax.Array) -> dict[str, jax.Array]:
-    """`mass`, the sum of a row, and `self_share`, the explained position's own.
-
-    Args:
-      row: The scores.
-      query: As `resolve` gives it.
-    """
-    own = jnp.sum(row * row_weights(query, row.shape[0]))
-    return {"mass": jnp.sum(row), "self_share": own}
-
-
-def row_weights(query: int | jax.Array, length: int) -> jax.Array:
-    """What is resolved as weights of all rows, float32 `[length]`."""
-    return jnp.asarray(query) if jnp.ndim(query) == 1 else one_hot(query, length)

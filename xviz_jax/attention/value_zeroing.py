@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from xviz_jax import attribution, chunks
-from xviz_jax.attention import layers, rows
+from xviz_jax.attention import layers, masking, queries, stack
+from xviz_jax.attention.sites import self_attention
 from xviz_jax.attribution import Attribution, Target
 from xviz_jax.tracing import Site
 from xviz_jax.tracing.blocks import LAST, Blocks, Leaving
@@ -20,7 +21,7 @@ Distance = Literal["cosine", "euclidean"]
 def value_zeroing(
     model: Callable,
     *,
-    query: rows.Query | None = 0,
+    query: queries.Query | None = 0,
     layer: int | None = None,
     start_layer: int = 0,
     distance: Distance = "cosine",
@@ -97,9 +98,11 @@ def value_zeroing(
         own = jnp.eye(length, dtype=jnp.float32)
         if isinstance(query, str):
             _, found = layers.capture(model, args)
-            own = rows.row_weights(rows.resolve(query, found, model, args), length)
+            own = queries.row_weights(
+                queries.resolve(query, found, model, args), length
+            )
         elif query is not None:
-            row = rows.weights_of_rows if jnp.ndim(query) == 1 else rows.one_hot
+            row = queries.weights_of_rows if jnp.ndim(query) == 1 else queries.one_hot
             own = row(query, length)
         scores = own
         for matrix in taken[::-1]:
@@ -125,7 +128,7 @@ def _matrices(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The output, normalised scores `[depth, query, key]`, and what is no padding."""
     program = trace(model, tuple(args), {})
-    sites = layers.self_attention(program.sites)
+    sites = self_attention(program.sites)
     for site in sites:
         if "probabilities" not in site.values:
             raise ValueError(
@@ -156,7 +159,7 @@ def _matrices(
         site.name: {"probabilities": found[site.name]["probabilities"]}
         for site in sites
     }
-    ordered = layers.in_order(sites, maps)
+    ordered = stack.in_order(sites, maps)
     # What is no number is not taken for unseen.
     seen = [
         jnp.any(layer.values["probabilities"] != 0, axis=(-4, -3)).reshape(
@@ -167,7 +170,7 @@ def _matrices(
     scores = jnp.where(jnp.concatenate(seen), jnp.moveaxis(columns, 0, -1), 0)
     total = jnp.sum(scores, axis=-1, keepdims=True)
     normalised = scores / jnp.where(total == 0, 1, total)
-    return logits, normalised, layers.attended(ordered)
+    return logits, normalised, masking.attended(ordered)
 
 
 def _change(
@@ -194,7 +197,7 @@ def _in_order(
     length = sites[0].shape[-1]
     found = [
         layer.values["stream"].reshape(layer.length, length, -1)
-        for layer in layers.in_order(sites, entering)
+        for layer in stack.in_order(sites, entering)
     ]
     found.append(streams[LAST].reshape(1, length, -1))
     return jnp.concatenate([each.astype(jnp.float32) for each in found])[1:]

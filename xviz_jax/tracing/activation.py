@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from xviz_jax.tracing.compat import Literal
 from xviz_jax.tracing.graph import Atom, Body, Graph, Node
 from xviz_jax.tracing.interpreter import Plan
-from xviz_jax.tracing.roles import is_raw
+from xviz_jax.tracing.origins import is_raw
 from xviz_jax.tracing.values import AttentionValues, Change, Read
 
 _INTEGER_STEPS = (

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from xviz_jax.tracing import axes as axis_maps
-from xviz_jax.tracing.axes import AxisMap, Piece, axes_of
+from xviz_jax.tracing.axes import AxisMap, axes_of
 from xviz_jax.tracing.compat import Literal
 from xviz_jax.tracing.graph import Atom, Body, Graph, Node
+from xviz_jax.tracing.origins import same_result
+from xviz_jax.tracing.softmax import Combine, Softmax
 
 _UNCHANGED = {
     "add_any",
@@ -71,128 +73,6 @@ _PASSES = {
 # A network may add many products up; the newest are the ones that matter.
 _MOST_SCORES = 6
 _NEGLIGIBLE = 1e-5
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Combine:
-    """A place where exponentials or probabilities are summed against values.
-
-    Attributes:
-      kind: `probability`, or `exponential` when the division comes after.
-      node: A `dot_general`, or the `reduce_sum` of a product.
-      operand: Which operand of `node` holds the weights.
-      axes: The weights' axes, with respect to the softmax.
-      value: What is weighed.
-    """
-
-    kind: str
-    node: Node
-    operand: int
-    axes: AxisMap
-    value: Atom
-
-    def summed(self) -> set[int]:
-        """Axes of the softmax that are summed over."""
-        if self.node.primitive == "dot_general":
-            dims = self.node.params["dimension_numbers"][0][self.operand]
-        else:
-            dims = self.node.params["axes"]
-        return set().union(*[axes_of(self.axes[int(dim)]) for dim in dims])
-
-
-@dataclasses.dataclass(eq=False)
-class Softmax:
-    """One exponential and what becomes of it.
-
-    Axes are numbered as the exponential's own; `refined` cuts them as finely as a
-    product's.
-    """
-
-    node: Node
-    body: Body
-    shape: tuple[int, ...]
-    scores: dict[Node, AxisMap]
-    # The exponential's own axes; more than one piece each once they are cut.
-    axes: AxisMap = ()
-    keys: frozenset[int] = frozenset()
-    total: Atom = None
-    total_axes: AxisMap = ()
-    probability: Atom = None
-    probability_axes: AxisMap = ()
-    combines: list[Combine] = dataclasses.field(default_factory=list)
-    # The exponentials are multiplied by a mask, or the normaliser is more than their
-    # sum (sinks, plus one).
-    modified: bool = False
-    # By what exponentials are selected: the mask of their scores, as a rule.
-    selections: list[Atom] = dataclasses.field(default_factory=list)
-    # Of a division after the product: the product, the quotient, the quotient's
-    # axes with respect to the product's result.
-    deferred: tuple[Combine, Atom, AxisMap] | None = None
-
-    @property
-    def exponential(self) -> Atom:
-        """The value `exp` returns."""
-        return self.node.outs[0]
-
-    def refined(self, product: Node) -> "Softmax":
-        """The same with each axis cut where the axes of a product meet.
-
-        Rows of several heads or examples may be flattened before the softmax; cut
-        again, each axis has one role.
-        """
-        cuts: dict[int, list[Piece]] = {}
-        for axis, size in enumerate(self.shape):
-            stride, cuts[axis] = size, []
-            for piece in self.scores[product][axis] or (Piece(0, 1, size),):
-                stride //= piece.size
-                number = sum(map(len, cuts.values()))
-                cuts[axis].append(Piece(number, stride, piece.size))
-            if len(cuts[axis]) == 1:
-                cuts[axis] = [dataclasses.replace(cuts[axis][0], stride=1, size=size)]
-            elif stride != 1:
-                return self
-        if all(len(cut) == 1 for cut in cuts.values()):
-            return self
-        shape = tuple(piece.size for cut in cuts.values() for piece in cut)
-
-        def refine(axes: AxisMap) -> AxisMap:
-            refined = axis_maps.refine(axes, cuts)
-            if refined is None:
-                raise _UnevenError
-            return refined
-
-        def view(axes: AxisMap) -> AxisMap:
-            split = axis_maps.reshape(axes, shape)
-            if split is None:
-                raise _UnevenError
-            return split
-
-        try:
-            combines = [
-                dataclasses.replace(each, axes=refine(each.axes))
-                for each in self.combines
-            ]
-            deferred = self.deferred
-            if deferred is not None:
-                place = self.combines.index(deferred[0])
-                deferred = (combines[place], *deferred[1:])
-            return dataclasses.replace(
-                self,
-                shape=shape,
-                scores={product: view(self.scores[product])},
-                axes=refine(self.axes),
-                keys=frozenset(p.axis for axis in self.keys for p in cuts[axis]),
-                total_axes=refine(self.total_axes),
-                probability_axes=refine(self.probability_axes),
-                combines=combines,
-                deferred=deferred,
-            )
-        except _UnevenError:
-            return self
-
-
-class _UnevenError(Exception):
-    """An axis cannot be cut where another meets it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,7 +200,7 @@ class _Finder:
         whole = axis_maps.identity(shape)
         for softmax in self.found:
             # The same exponential may be written twice, above and below a division.
-            if _same_result(self.graph, softmax.node, node):
+            if same_result(self.graph, softmax.node, node):
                 break
         else:
             softmax = Softmax(node, self.body, shape, scores, whole)
@@ -489,31 +369,3 @@ def is_maximum(graph: Graph, atom: Atom) -> bool:
         if node.primitive in passing:
             waiting += node.ins
     return False
-
-
-def _same_result(graph: Graph, a: Node, b: Node, depth: int = 8) -> bool:
-    """Whether two leaves compute the same from the same values."""
-    if a is b:
-        return True
-    if depth == 0 or a.kind != "leaf" or b.kind != "leaf" or a.bodies or b.bodies:
-        return False
-    if a.primitive != b.primitive or len(a.ins) != len(b.ins):
-        return False
-    if a.primitive in ("random_bits", "name") or str(a.params) != str(b.params):
-        return False
-    return all(
-        same_value(graph, x, y, depth - 1) for x, y in zip(a.ins, b.ins, strict=True)
-    )
-
-
-def same_value(graph: Graph, x: Atom, y: Atom, depth: int = 8) -> bool:
-    """Whether two values are computed alike from the same."""
-    if isinstance(x, Literal) or isinstance(y, Literal):
-        both = isinstance(x, Literal) and isinstance(y, Literal)
-        return both and bool(np.all(x.val == y.val))
-    if x == y:
-        return True
-    a, b = graph.source(x), graph.source(y)
-    if a is None or b is None or a.outs.index(x) != b.outs.index(y):
-        return False
-    return _same_result(graph, a, b, depth)

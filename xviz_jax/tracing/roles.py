@@ -12,13 +12,17 @@ from xviz_jax.tracing import axes as axis_maps
 from xviz_jax.tracing.axes import AxisMap, Side, axes_of
 from xviz_jax.tracing.compat import Literal
 from xviz_jax.tracing.graph import CUSTOM_RULE, Atom, Graph, Node
-from xviz_jax.tracing.matcher import Combine, Softmax
+from xviz_jax.tracing.origins import (
+    bare_input,
+    is_made_of,
+    is_random,
+    is_raw,
+    is_zero,
+    origin,
+)
+from xviz_jax.tracing.softmax import Combine, Softmax
 
 BATCH, HEAD, GROUP, QUERY, KEY = range(5)
-
-_CASTS = ("convert_element_type", "copy", "reduce_precision", "sharding_constraint")
-_RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
-_LONGEST_WALK = 400
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -218,53 +222,11 @@ def _is_vector_query(graph: Graph, product: Product) -> bool:
 def _is_expert_choice(graph: Graph, product: Product, combine: Combine) -> bool:
     """Keys are bare parameters while values are computed: gates of experts."""
     side = product.sides[1 - product.query_side]
-    bare = None if side.batch else _bare(graph, product.key)
+    bare = None if side.batch else bare_input(graph, product.key)
     if bare is None or is_raw(graph, combine.value):
         return False
     # Values made of the keys are a sequence's, which attends itself as it came.
-    return not _is_made_of(graph, combine.value, bare)
-
-
-def is_raw(graph: Graph, atom: Atom) -> bool:
-    """Whether a value is an input or constant, but for its shape and dtype."""
-    return _bare(graph, atom) is not None
-
-
-def _bare(graph: Graph, atom: Atom) -> Atom | None:
-    """The input or constant that a value is, but for its shape and dtype."""
-    for _ in range(_LONGEST_WALK):
-        if isinstance(atom, Literal):
-            return atom
-        node = graph.source(atom)
-        if node is None:
-            if atom in graph.outer:
-                atom = graph.outer[atom]
-                continue
-            return atom if atom in graph.constants or atom in graph.root.ins else None
-        scaled = node.primitive in ("mul", "div") and isinstance(node.ins[1], Literal)
-        shaping = (*axis_maps.SHAPING, *_CASTS)
-        if node.kind != "leaf" or (node.primitive not in shaping and not scaled):
-            return None
-        atom = node.ins[0]
-    return None
-
-
-def _is_made_of(graph: Graph, atom: Atom, origin: Atom) -> bool:
-    """Whether a value depends on an input, within one turn of the loops around it."""
-    waiting, seen = [atom], set()
-    while waiting:
-        atom = waiting.pop()
-        if isinstance(atom, Literal) or atom in seen:
-            continue
-        seen.add(atom)
-        if atom == origin:
-            return True
-        node = graph.source(atom)
-        if node is not None:
-            waiting += node.ins
-        elif atom in graph.outer:
-            waiting.append(graph.outer[atom])
-    return False
+    return not is_made_of(graph, combine.value, bare)
 
 
 def _roles(
@@ -354,68 +316,6 @@ def _product_roles(graph, softmax, product, roles, keys) -> str:
     return note
 
 
-def origin(graph: Graph, atom: Atom, axis: int) -> tuple[Atom, int]:
-    """Follows one axis back to the array, and its axis, that it came from."""
-    for _ in range(_LONGEST_WALK):
-        node = graph.source(atom)
-        if node is None:
-            step = _step_out(graph, atom, axis)
-        else:
-            step = _step_back(graph, node, atom, axis)
-        if step is None:
-            break
-        atom, axis = step
-    return atom, axis
-
-
-def _step_out(graph: Graph, atom: Atom, axis: int):
-    """An axis of a loop's operand, in the array that it is or is a slice of."""
-    if isinstance(atom, Literal) or atom not in graph.outer:
-        return None
-    outside = graph.outer[atom]
-    own, whole = graph.shape(atom), graph.shape(outside)
-    if isinstance(outside, Literal) or own not in (whole, whole[1:]):
-        return None
-    return outside, axis + len(whole) - len(own)
-
-
-def _step_back(graph: Graph, node: Node, atom: Atom, axis: int):
-    if node.primitive == "split":
-        return node.ins[0], axis
-    if node.primitive == "dot_general":
-        for side in axis_maps.sides(graph, node) or ():
-            for own, out in side.out.items():
-                if out == axis:
-                    return side.atom, own
-        return None
-    result = graph.shape(atom)
-    for operand, source in enumerate(node.ins):
-        if isinstance(source, Literal):
-            continue
-        if node.primitive == "select_n" and operand == 0:
-            continue
-        shape = graph.shape(source)
-        if node.primitive in axis_maps.SHAPING:
-            identity = axis_maps.identity(shape)
-            for axes in axis_maps.through(graph, node, operand, identity):
-                pieces = [piece for piece in axes[axis] if not piece.broadcast]
-                wide = [piece for piece in pieces if piece.size > 1] or pieces
-                if wide:
-                    return source, wide[0].axis
-        elif shape == result and len(node.outs) == 1:
-            if len(node.ins) > 1 and _repeats(graph, source, axis):
-                continue
-            return source, axis
-    return None
-
-
-def _repeats(graph: Graph, atom: Atom, axis: int) -> bool:
-    node = graph.source(atom)
-    if node is None or node.primitive != "broadcast_in_dim":
-        return False
-    return axis not in [int(a) for a in node.params["broadcast_dimensions"]]
-
-
 def _leave_custom_rule(graph: Graph, reading: Reading) -> None:
     """Reads probabilities where a function with its own derivative returns them."""
     softmax, inside = reading.softmax, reading.combine.node.path
@@ -467,31 +367,3 @@ def _masks(graph: Graph, node: Node, reading: Reading) -> bool:
         and is_zero(graph, others[0])
         and not is_random(graph, node.ins[0])
     )
-
-
-def is_zero(graph: Graph, atom: Atom) -> bool:
-    """Whether a value is a literal zero of any shape."""
-    while not isinstance(atom, Literal):
-        node = graph.source(atom)
-        if node is None or node.primitive not in ("broadcast_in_dim", *_CASTS):
-            return False
-        atom = node.ins[0]
-    return bool(
-        (atom.val == 0) if not hasattr(atom.val, "all") else (atom.val == 0).all()
-    )
-
-
-def is_random(graph: Graph, atom: Atom) -> bool:
-    """Whether a value depends on random bits, looking back to the last product."""
-    waiting, seen = [atom], set()
-    while waiting and len(seen) < _LONGEST_WALK:
-        current = waiting.pop()
-        node = graph.source(current)
-        if node is None or node.index in seen:
-            continue
-        seen.add(node.index)
-        if node.primitive in _RANDOM:
-            return True
-        if node.primitive != "dot_general":
-            waiting += node.ins
-    return False

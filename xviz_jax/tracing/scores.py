@@ -17,8 +17,10 @@ from xviz_jax.tracing import compat
 from xviz_jax.tracing.axes import AxisMap
 from xviz_jax.tracing.compat import Literal
 from xviz_jax.tracing.graph import Atom, Graph, Node
-from xviz_jax.tracing.matcher import Softmax, is_maximum, same_value
+from xviz_jax.tracing.matcher import is_maximum
+from xviz_jax.tracing.origins import same_value
 from xviz_jax.tracing.roles import Product
+from xviz_jax.tracing.softmax import Softmax
 
 _CASTS = (
     "convert_element_type",
