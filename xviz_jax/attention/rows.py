@@ -216,6 +216,11 @@ def _dense(
         if normalize:
             total = kept + mixed * jnp.sum(fused, axis=-1)
             row = row / jnp.where(total == 0, 1, total)
-        # A sum: XLA would copy the map out of its stack for a product.
-        row = kept * row + mixed * jnp.sum(row[:, None] * fused, axis=0)
+        if layer.count is None:
+            carried = jnp.matmul(row, fused, precision="highest")
+        else:
+            # For a product, XLA would copy the map out of its stack. (A sum it would
+            # fuse with what makes a map of its own, and keep all heads that long.)
+            carried = jnp.sum(row[:, None] * fused, axis=0)
+        row = kept * row + mixed * carried
     return row
