@@ -4,6 +4,8 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -114,6 +116,27 @@ def test_asked_twice(clean, tmp_path):
     assert harness.ended(process)[0] == 143
     assert harness.run(tmp_path).state == "complete"
     harness.check(tmp_path, clean)
+
+
+# Of a process whose interpreter has taken its handlers back.
+_LATE = """
+import os, signal, sys
+from xviz_jax.audit.stopping import EXIT, Stop, listening
+
+class Last:
+    def __del__(self, kill=os.kill, process=os.getpid(), number=signal.SIGTERM):
+        kill(process, number)
+
+last = Last()
+with listening(Stop(), to_the_end=True):
+    os.kill(os.getpid(), signal.SIGTERM)
+sys.exit(EXIT)
+"""
+
+
+def test_asked_twice_at_the_very_end():
+    ended = subprocess.run([sys.executable, "-c", _LATE], check=False, cwd=harness.ROOT)
+    assert ended.returncode == 143
 
 
 def test_a_stopped_runner_keeps_its_lock(clean, tmp_path):

@@ -1,5 +1,6 @@
 """Signals that ask for an end: finish what is under way, keep what is done."""
 
+import atexit
 import contextlib
 import os
 import signal
@@ -66,6 +67,14 @@ def listening(stop: Stop, *, to_the_end: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        if not (to_the_end and stop.asked):
+        if to_the_end and stop.asked:
+            # The interpreter takes handlers back before its last steps.
+            atexit.register(_ignore)
+        else:
             for each, handler in zip(_SIGNALS, before, strict=True):
                 signal.signal(each, handler)
+
+
+def _ignore() -> None:
+    for each in _SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
