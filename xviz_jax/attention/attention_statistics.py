@@ -51,7 +51,7 @@ def attention_statistics(
       pad: A function of the model's arguments that says which positions are padding,
         bool `[length]`; they do not count as queries.
       top_k: How many of a query's strongest keys are listed; on a CPU each further
-        one costs as much again as the first.
+        one costs about half of what the first does.
 
     Returns:
       `explain(*args, target=None, key=None) -> Attribution`, whose scores are the
