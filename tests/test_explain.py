@@ -4,6 +4,8 @@ import inspect
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -339,3 +341,12 @@ def test_words_are_shaded_and_never_obeyed():
     }
     orange = show.shaded(["a"], np.array([2.0]))
     assert str(orange.spans[0].style) == "black on rgb(255,127,14)"
+
+
+def test_methods_need_no_extra():
+    """As in the environment of `make demo`, which has no pyarrow."""
+    asked = (
+        "import sys; sys.modules['pyarrow'] = sys.modules['flax'] = None; "
+        "from xviz_jax.methods import methods; assert 'saliency' in methods()"
+    )
+    subprocess.run([sys.executable, "-c", asked], check=True)

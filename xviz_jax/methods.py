@@ -10,8 +10,8 @@ from xviz_jax.attribution import Attribution
 def methods() -> dict[str, Callable]:
     """The methods by name: functions whose one positional argument is a model."""
     found = {}
-    for name in dir(xv):
-        value = getattr(xv, name)
+    # Not of `dir`, which lists what needs an extra too.
+    for name, value in sorted(vars(xv).items()):
         if not name.startswith("_") and inspect.isfunction(value):
             signature = inspect.signature(value)
             first, *rest = signature.parameters.values()
