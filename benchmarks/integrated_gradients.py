@@ -13,14 +13,24 @@
 (e) All ten classes at once over one class at a time.
 
 Ratios below 1 are to our credit. Rows with Captum: pip install captum==0.9.0 torch.
+On a GPU each row is there in float32, whose products are never rounded to TF32, and
+with products in bfloat16 summed in float32; there (a) is followed by the time of the
+matrix products alone, at the rate of a large product measured in the same run.
 """
 
+import contextlib
 import dataclasses
+import functools
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 from typing import Any
+
+# Memory that JAX does not use is PyTorch's.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +48,10 @@ except ModuleNotFoundError as missing:
     captum = torch = None
     print(f"Without Captum, (b) is left out and (c) is over our own rule: {missing}")
 
+ON_GPU = jax.default_backend() == "gpu"
+# Where PyTorch computes, and in which precision besides float32 rows are wanted.
+DEVICE = "cuda" if ON_GPU else "cpu"
+PRECISIONS = ("float32", "bfloat16") if ON_GPU else ("float32",)
 TOLERANCE = 0.01
 STEPS = (8, 12, 16, 24, 32, 50, 64, 100, 128, 200, 256, 400, 512)
 
@@ -55,6 +69,10 @@ class Shape:
     channels: int = 1
     mean: float = 0.0
     deviation: float = 1.0
+    precision: str = "float32"
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.precision}" if ON_GPU else self.name
 
     @property
     def tokens(self) -> int:
@@ -148,20 +166,29 @@ def trained_weights() -> dict:
 def jax_model(shape: Shape, *, scan: bool = True) -> Callable[[Any, jax.Array], Any]:
     """`(weights, one input) -> logits`."""
 
+    def product(function, *arrays):
+        if shape.precision == "float32":
+            return function(*arrays, precision="highest")
+        arrays = [x.astype(shape.precision) for x in arrays]
+        return function(*arrays).astype(jnp.float32)
+
+    matmul = functools.partial(product, jnp.matmul)
+    einsum = lambda how, *arrays: product(functools.partial(jnp.einsum, how), *arrays)
+
     def norm(x, scale, shift):
         x = x - x.mean(axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
         return x * scale + shift
 
     def block(x, w):
-        qkv = norm(x, w["norm1"], w["shift1"]) @ w["qkv"] + w["qkv_bias"]
+        qkv = matmul(norm(x, w["norm1"], w["shift1"]), w["qkv"]) + w["qkv_bias"]
         qkv = qkv.reshape(len(x), 3, shape.heads, -1).transpose(1, 2, 0, 3)
         scale = qkv.shape[-1] ** -0.5
-        maps = jax.nn.softmax(jnp.einsum("hqd,hkd->hqk", qkv[0] * scale, qkv[1]))
-        mixed = jnp.einsum("hqk,hkd->qhd", maps, qkv[2]).reshape(x.shape)
-        x = x + mixed @ w["out"] + w["out_bias"]
-        hidden = norm(x, w["norm2"], w["shift2"]) @ w["up"] + w["up_bias"]
-        return x + jax.nn.gelu(hidden) @ w["down"] + w["down_bias"], None
+        maps = jax.nn.softmax(einsum("hqd,hkd->hqk", qkv[0] * scale, qkv[1]))
+        mixed = einsum("hqk,hkd->qhd", maps, qkv[2]).reshape(x.shape)
+        x = x + matmul(mixed, w["out"]) + w["out_bias"]
+        hidden = matmul(norm(x, w["norm2"], w["shift2"]), w["up"]) + w["up_bias"]
+        return x + matmul(jax.nn.gelu(hidden), w["down"]) + w["down_bias"], None
 
     def forward(weights, x):
         if shape.patch:
@@ -169,7 +196,7 @@ def jax_model(shape: Shape, *, scan: bool = True) -> Callable[[Any, jax.Array], 
             x = (x - shape.mean) / shape.deviation
             x = x.reshape(grid, shape.patch, grid, shape.patch, -1)
             x = x.transpose(0, 2, 1, 3, 4).reshape(grid**2, -1)
-            x = x @ weights["patch"] + weights["patch_bias"]
+            x = matmul(x, weights["patch"]) + weights["patch_bias"]
         x = jnp.concatenate([weights["first"], x]) + weights["position"]
         if scan:
             x, _ = jax.lax.scan(block, x, weights["block"])
@@ -178,7 +205,7 @@ def jax_model(shape: Shape, *, scan: bool = True) -> Callable[[Any, jax.Array], 
                 each = {name: w[layer] for name, w in weights["block"].items()}
                 x, _ = block(x, each)
         x = norm(x[0], weights["norm"], weights["shift"])
-        return x @ weights["head"] + weights["head_bias"]
+        return matmul(x, weights["head"]) + weights["head_bias"]
 
     return forward
 
@@ -187,12 +214,18 @@ def torch_model(shape: Shape, weights: dict) -> Callable:
     """A batch of inputs to logits, with the same weights."""
     assert torch is not None
     functional, join = torch.nn.functional, torch.cat
-    weights = jax.tree.map(torch.tensor, weights)
+    weights = jax.tree.map(functools.partial(torch.tensor, device=DEVICE), weights)
+    fast = functools.partial(torch.autocast, DEVICE, torch.bfloat16)
+    precision = contextlib.nullcontext if shape.precision == "float32" else fast
 
     def norm(x, scale, shift):
         return functional.layer_norm(x, x.shape[-1:], scale, shift, 1e-6)
 
     def forward(x):
+        with precision():
+            return logits(x)
+
+    def logits(x):
         count = len(x)
         if shape.patch:
             grid = shape.size // shape.patch
@@ -222,6 +255,7 @@ def problem(shape: Shape, count: int) -> tuple[dict, jax.Array, jax.Array]:
     """Weights, inputs, and the classes that are explained."""
     weights = random_weights(shape)
     x = np.random.default_rng(1).normal(size=(count, *shape.input)).astype(np.float32)
+    shape = dataclasses.replace(shape, precision="float32")
     logits = jax.jit(jax.vmap(jax_model(shape), (None, 0)))(weights, x)
     weights = jax.tree.map(jnp.asarray, weights)
     return weights, jnp.asarray(x), jnp.argmax(logits, axis=-1)
@@ -268,6 +302,12 @@ def passes(shape: Shape, steps: int, chunk: int) -> Callable:
     return jax.jit(jax.vmap(one, in_axes=(None, 0, 0)))
 
 
+def compiled(programs: Sequence[Callable], args: tuple) -> list[Callable]:
+    """Jitted functions, compiled for `args` side by side."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda f: f.lower(*args).compile(), programs))
+
+
 def best(candidates: dict[Any, Callable]) -> Any:
     """The candidate that takes the least time, the better of two after a first run."""
     times = {}
@@ -292,27 +332,59 @@ def distance(found: Any, wanted: Any) -> np.ndarray:
 def over_the_floor(shape: Shape, count: int, steps: int, rounds: int) -> list[Pair]:
     args = problem(shape, count)
     pairs = []
-    for chunk in sorted({1, min(steps, 4)}):
-        ours, floor = fixed(shape, steps, chunk), passes(shape, steps, chunk)
-        pairs.append(
-            paired(
-                f"(a) {shape.name}, {count} inputs, {steps} steps, chunk {chunk}",
-                lambda ours=ours: ours(*args),
-                lambda floor=floor: floor(*args),
-                rounds=rounds,
-                error="the same passes",
-            )
+    chunks = sorted({1, min(steps, 4)})
+    programs = compiled(
+        [make(shape, steps, chunk) for make in (fixed, passes) for chunk in chunks],
+        args,
+    )
+    for chunk, ours, floor in zip(
+        chunks, programs[: len(chunks)], programs[len(chunks) :], strict=True
+    ):
+        name = f"(a) {shape}, {count} inputs, {steps} steps, chunk {chunk}"
+        pair = paired(
+            name,
+            lambda ours=ours: ours(*args),
+            lambda floor=floor: floor(*args),
+            rounds=rounds,
+            error="the same passes",
         )
+        pairs.append(pair)
+        if ON_GPU:
+            least = count * steps * products(shape) / matrix_rate(shape.precision)
+            ratios = (pair.seconds / least,)
+            name += ", over its matrix products"
+            pairs.append(Pair(name, pair.seconds, least, ratios, "-"))
     return pairs
+
+
+def products(shape: Shape) -> float:
+    """Floating-point operations of the products of a forward and a backward pass."""
+    tokens, width = shape.tokens + 1, shape.width
+    weights = 24 * tokens * width**2
+    attention = 4 * tokens**2 * width
+    # Backwards, by the inputs only; of a product of two of these there are two.
+    return shape.layers * (2 * weights + 3 * attention)
+
+
+@functools.cache
+def matrix_rate(precision: str) -> float:
+    """Floating-point operations a second of a large product, measured."""
+    n = 8192
+    x = jax.random.normal(jax.random.key(0), (n, n), precision)
+    product = jax.jit(functools.partial(jnp.matmul, precision="highest"))
+    jax.block_until_ready(product(x, x))
+    begin = time.perf_counter()
+    jax.block_until_ready([product(x, x) for _ in range(5)])
+    return 5 * 2 * n**3 / (time.perf_counter() - begin)
 
 
 def captum_scores(forward: Callable, x: Any, targets: Any, steps: int, size: int):
     """Captum's attributions, its default rule."""
     assert captum is not None
     method = captum.attr.IntegratedGradients(forward)
-    return method.attribute(
-        x, target=targets, n_steps=steps, internal_batch_size=size
-    ).detach()
+    found = method.attribute(x, target=targets, n_steps=steps, internal_batch_size=size)
+    # On the host, and so computed.
+    return found.detach().cpu()
 
 
 def beside_captum(shape: Shape, count: int, steps: int, rounds: int) -> list[Pair]:
@@ -320,23 +392,30 @@ def beside_captum(shape: Shape, count: int, steps: int, rounds: int) -> list[Pai
         return []
     weights, x, targets = problem(shape, count)
     forward = torch_model(shape, jax.tree.map(np.asarray, weights))
-    points, classes = torch.tensor(np.asarray(x)), torch.tensor(np.asarray(targets))
+    points, classes = (
+        torch.tensor(np.asarray(each), device=DEVICE) for each in (x, targets)
+    )
     sizes = [(2, 1), (4, 1), (8, 1), (32, 1), (4, 2), (1, 4)]
+    if ON_GPU:
+        sizes = [(32, 1), (32, 4), (32, 8), (8, 8)]
+    sizes = [(few, chunk) for few, chunk in sizes if chunk <= steps]
+    args = (weights, x, targets)
+    programs = compiled(
+        [fixed(shape, steps, chunk, min(few, count)) for few, chunk in sizes], args
+    )
     ours = {
-        (microbatch, chunk): lambda program=program: program(weights, x, targets)
-        for microbatch, chunk in sizes
-        if chunk <= steps
-        for program in [fixed(shape, steps, chunk, min(microbatch, count))]
+        size: lambda program=program: program(*args)
+        for size, program in zip(sizes, programs, strict=True)
     }
     theirs = {
         size: lambda size=size: captum_scores(forward, points, classes, steps, size)
-        for size in (32, 64, 128)
+        for size in ((128, 256, 1024) if ON_GPU else (32, 64, 128))
     }
     chosen, size = best(ours), best(theirs)
     error = distance(theirs[size](), ours[chosen]()).max()
     return [
         paired(
-            f"(b) {shape.name}, {count} inputs, {steps} steps, {chosen[0]} inputs x "
+            f"(b) {shape}, {count} inputs, {steps} steps, {chosen[0]} inputs x "
             f"{chosen[1]} nodes at once, over Captum's internal batch of {size}",
             ours[chosen],
             theirs[size],
@@ -348,10 +427,13 @@ def beside_captum(shape: Shape, count: int, steps: int, rounds: int) -> list[Pai
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A trained model here, and in torch; with its inputs and a dense midpoint rule."""
+    """A trained model here, and in torch; with its inputs and a dense midpoint rule.
+
+    Here in some precisions, the first of which is exact and also PyTorch's.
+    """
 
     name: str
-    forward: Callable[[Any, Any], Any]
+    forward: dict[str, Callable[[Any, Any], Any]]
     weights: dict
     inputs: np.ndarray
     twin: Callable[[dict], Callable]
@@ -369,9 +451,11 @@ def conv_model(weights: dict, image: jax.Array) -> jax.Array:
             (2, 2),
             "SAME",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision="highest",
         )
         x = jax.nn.relu(x + weights[f"bias{layer}"].reshape(1, 1, 1, -1))
-    return x.reshape(-1) @ weights["head"] + weights["offset"]
+    head = jnp.matmul(x.reshape(-1), weights["head"], precision="highest")
+    return head + weights["offset"]
 
 
 def conv_weights() -> dict:
@@ -385,7 +469,8 @@ def torch_conv(weights: dict) -> Callable:
     """A batch of images to logits, with the same weights."""
     assert torch is not None
     functional = torch.nn.functional
-    w = jax.tree.map(torch.tensor, weights)
+    w = jax.tree.map(functools.partial(torch.tensor, device=DEVICE), weights)
+    torch.backends.cudnn.allow_tf32 = False
 
     def forward(x):
         x = x[:, None]
@@ -402,54 +487,65 @@ def torch_conv(weights: dict) -> Callable:
 
 
 def at_equal_error(model: Trained, rounds: int) -> list[Pair]:
-    """(c) with one row for each function of the logits."""
+    """(c) with one row for each function of the logits and each precision."""
     pairs = []
-    shared = (jax.tree.map(jnp.asarray, model.weights),)
+    shared = batch.Placed(
+        (jax.tree.map(jnp.asarray, model.weights),), jax.devices()[:1]
+    )
+    sizes = (64, 256) if ON_GPU else (4, 8, 16, 64)
+
+    def program(function: Callable, size: int, **options: Any) -> Callable:
+        explain = xv.integrated_gradients(function, chunk=1, argnums=1, **options)
+        size = min(size, len(model.inputs))
+        ready = batch.Program(explain, model.inputs, shared=shared, microbatch=size)
+        return lambda: ready(model.inputs)
+
     for name in model.outputs:
         activation = jax.nn.softmax if name == "softmax" else lambda z: z
-        function = lambda weights, x, f=activation: f(model.forward(weights, x))
-
-        def run(microbatch=8, function=function, **options):
-            explain = xv.integrated_gradients(function, chunk=1, argnums=1, **options)
-            size = min(microbatch, len(model.inputs))
-            return batch.run(explain, model.inputs, shared=shared, microbatch=size)
-
-        wanted = run(steps=model.dense, rule="midpoint").attribution.scores
-        found = run(tolerance=TOLERANCE).attribution
-        tail = np.quantile(distance(found.scores, wanted), 0.95)
-        needed = next(
-            steps
-            for steps in (*(s for s in STEPS if s < model.dense), model.dense)
-            if np.quantile(distance(run(steps=steps).attribution.scores, wanted), 0.95)
-            <= tail
-            or steps >= model.dense
-        )
-        sizes = {
-            size: run(size, tolerance=TOLERANCE).run_seconds for size in (4, 8, 16, 64)
+        functions = {
+            precision: lambda weights, x, f=activation, forward=forward: f(
+                forward(weights, x)
+            )
+            for precision, forward in model.forward.items()
         }
-        size = min(sizes, key=sizes.__getitem__)
-        ours = Timed(
-            lambda run=run, size=size: run(size, tolerance=TOLERANCE).run_seconds
-        )
-        theirs = captum_at(model, name, needed) or Timed(
-            lambda run=run, size=size, needed=needed: (
-                run(size, steps=needed).run_seconds
+        exact = functions[next(iter(functions))]
+        wanted = program(exact, sizes[1], steps=model.dense, rule="midpoint")().scores
+        tail = lambda found, wanted=wanted: np.quantile(distance(found, wanted), 0.95)
+        if torch is not None:
+            who, rule = "Captum", captum_at(model, name)
+        else:
+            who = "Gauss-Legendre here"
+            rule = lambda steps, exact=exact: program(exact, sizes[1], steps=steps)
+        for precision, function in functions.items():
+            with ThreadPoolExecutor() as pool:
+                make = functools.partial(program, function, tolerance=TOLERANCE)
+                ours = dict(zip(sizes, pool.map(make, sizes), strict=True))
+            size = best(ours)
+            found = ours[size]()
+            error = tail(found.scores)
+            needed = next(
+                steps
+                for steps in (*(s for s in STEPS if s < model.dense), model.dense)
+                if steps >= model.dense or tail(scores_of(rule(steps)())) <= error
             )
-        )
-        mean = found.diagnostics["evaluations"].mean()
-        who = "Captum" if torch is not None else "Gauss-Legendre here"
-        pairs.append(
-            timed_pair(
-                f"(c) {model.name}, {name}, {len(model.inputs)} inputs: adaptive, "
-                f"mean of {mean:.0f} passes, {size} inputs at once, over {who} with "
-                f"{needed} steps",
-                ours,
-                theirs,
-                rounds,
-                f"{tail:.1e} at 95%",
+            mean = found.diagnostics["evaluations"].mean()
+            title = f"{model.name}, {precision}" if ON_GPU else model.name
+            pairs.append(
+                paired(
+                    f"(c) {title}, {name}, {len(model.inputs)} inputs: adaptive, mean "
+                    f"of {mean:.0f} passes, {size} inputs at once, over {who} with "
+                    f"{needed} steps",
+                    ours[size],
+                    rule(needed),
+                    rounds=rounds,
+                    error=f"{error:.1e} at 95%",
+                )
             )
-        )
     return pairs
+
+
+def scores_of(found: Any) -> Any:
+    return getattr(found, "scores", found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -459,32 +555,42 @@ class Timed:
     seconds: Callable[[], float]
 
 
-def captum_at(model: Trained, name: str, steps: int) -> Timed | None:
-    if torch is None:
-        return None
+def captum_at(model: Trained, name: str) -> Callable[[int], Callable]:
+    """`steps -> a call`, in float32 and with the internal batch size that suits it."""
+    assert torch is not None
     logits = model.twin(model.weights)
     forward = logits if name == "logits" else lambda x: logits(x).softmax(dim=1)
-    points = torch.tensor(model.inputs)
-    classes = logits(points).argmax(dim=1)
-    some = min(len(points), 8)
+    points = torch.tensor(model.inputs, device=DEVICE)
+    with torch.no_grad():
+        classes = logits(points).argmax(dim=1)
+    # So many images at a time, for its points to fit into memory.
+    some = min(len(points), 128 if ON_GPU else 8)
     size = best(
         {
             size: lambda size=size: captum_scores(
-                forward, points[:some], classes[:some], steps, size
+                forward, points[:some], classes[:some], 32, size
             )
-            for size in (8, 32, 64, 256)
+            for size in ((256, 1024, 4096) if ON_GPU else (8, 32, 64, 256))
         }
     )
 
-    def seconds() -> float:
-        begin = time.perf_counter()
-        # Of eight images at a time, so that its points fit into memory.
-        for first in range(0, len(points), 8):
-            rows = slice(first, first + 8)
-            captum_scores(forward, points[rows], classes[rows], steps, size)
-        return time.perf_counter() - begin
+    def at(steps: int) -> Callable:
+        def call() -> Any:
+            parts = [
+                captum_scores(
+                    forward,
+                    points[first : first + some],
+                    classes[first : first + some],
+                    steps,
+                    size,
+                )
+                for first in range(0, len(points), some)
+            ]
+            return np.concatenate([part.numpy() for part in parts])
 
-    return Timed(seconds)
+        return call
+
+    return at
 
 
 def timed_pair(name: str, ours: Timed, theirs: Timed, rounds: int, error: str) -> Pair:
@@ -541,21 +647,31 @@ def main() -> None:
     # Shape, inputs, steps: the last few keep a round within two minutes.
     sizes = [(BERT, 32, 8), (LONG, 32, 4), (VIT, 32, 2)]
     deep, many = VIT, (BERT, 8, 8)
+    vit_images, conv_images = slice(64), slice(500, 628)
+    if ON_GPU:
+        sizes = [
+            (dataclasses.replace(shape, precision=precision), 32, 32)
+            for shape in (BERT, LONG, VIT)
+            for precision in PRECISIONS
+        ]
+        many = (BERT, 32, 32)
+        vit_images, conv_images = slice(512), slice(500, 1000)
     images = embedded.images()[0]
+    precise = lambda precision: dataclasses.replace(TRAINED, precision=precision)
     trained = [
         Trained(
             TRAINED.name,
-            jax_model(TRAINED),
+            {precision: jax_model(precise(precision)) for precision in PRECISIONS},
             trained_weights(),
-            images[:64, :, :, None],
+            images[vit_images, :, :, None],
             lambda weights: torch_model(TRAINED, weights),
             256,
         ),
         Trained(
             "convolutional",
-            conv_model,
+            {"float32": conv_model},
             conv_weights(),
-            images[500:628],
+            images[conv_images],
             torch_conv,
             2048,
         ),
@@ -566,7 +682,7 @@ def main() -> None:
         trained = [
             Trained(
                 SMALL.name,
-                jax_model(SMALL),
+                {"float32": jax_model(SMALL)},
                 jax.tree.map(np.asarray, weights),
                 np.asarray(x),
                 lambda weights: torch_model(SMALL, weights),
@@ -574,15 +690,17 @@ def main() -> None:
                 ("logits",),
             )
         ]
-    pairs = [pair for size in sizes for pair in over_the_floor(*size, rounds)]
+    where = " on a GPU" if ON_GPU else ""
     command = "python benchmarks/integrated_gradients.py --save"
-    title = "Integrated gradients over forward and backward passes"
+    pairs = [pair for size in sizes for pair in over_the_floor(*size, rounds)]
+    title = f"Integrated gradients over forward and backward passes{where}"
     report(title, command, pairs, save=options.save)
     pairs = [pair for size in sizes for pair in beside_captum(*size, rounds)]
     for model in trained:
         pairs += at_equal_error(model, 1 if options.small else rounds)
-    pairs += [compilation(deep, 1 if options.small else 3), all_classes(*many, rounds)]
-    title = "Integrated gradients beside others"
+    turns = 1 if options.small or ON_GPU else 3
+    pairs += [compilation(deep, turns), all_classes(*many, rounds)]
+    title = f"Integrated gradients beside others{where}"
     report(title, command, pairs, save=options.save)
 
 

@@ -20,7 +20,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,8 @@ def candidates(platform: str, case: Case, small: bool) -> Iterator[dict[str, int
         yield from ({"block_q": 128, "block_k": 128}, {"block_q": 256, "block_k": 128})
         return
     if platform == "gpu":
-        for bq in (64, 128, 256):
+        # Of larger ones ptxas spills registers.
+        for bq in (64, 128):
             for bk in (64, 128):
                 for groups in (1, 2, 3):
                     yield {"block_q": bq, "block_k": bk, "warp_groups": groups}
@@ -121,8 +123,13 @@ def candidates(platform: str, case: Case, small: bool) -> Iterator[dict[str, int
                 yield {"block_q": bq, "block_k": bk}
 
 
-def time_on_device(case: Case, config: dict[str, int], n: int, small: bool) -> float:
-    """Milliseconds of a call, the median of several."""
+def time_on_device(
+    case: Case, configs: Sequence[dict[str, int]], n: int, small: bool
+) -> list[float | Exception]:
+    """Milliseconds of a call with each config, the median of several; or what failed.
+
+    They are compiled side by side, and take turns.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -135,17 +142,37 @@ def time_on_device(case: Case, config: dict[str, int], n: int, small: bool) -> f
     }
     on_cpu = jax.default_backend() == "cpu"
     kernel = "mosaic_gpu" if jax.default_backend() == "gpu" else "mosaic_tpu"
-    function = functools.partial(
-        case.function(), config=config, implementation=kernel, interpret=on_cpu
-    )
-    program = jax.jit(function)
-    jax.block_until_ready(program(**arrays))
-    times = []
+
+    def ready(config: dict[str, int]) -> Any:
+        function = functools.partial(
+            case.function(), config=config, implementation=kernel, interpret=on_cpu
+        )
+        try:
+            program = jax.jit(function).lower(**arrays).compile()
+            jax.block_until_ready(program(**arrays))
+            return program
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(ready, configs))
+    times: dict[int, list[float]] = {
+        at: [] for at, each in enumerate(found) if not isinstance(each, Exception)
+    }
+    calls = 1 if small else 5
     for _ in range(2 if small else 9):
-        start = time.perf_counter()
-        jax.block_until_ready(program(**arrays))
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+        for at, taken in times.items():
+            out = None
+            start = time.perf_counter()
+            # Several, for launches are asynchronous.
+            for _ in range(calls):
+                out = found[at](**arrays)
+            jax.block_until_ready(out)
+            taken.append(1e3 * (time.perf_counter() - start) / calls)
+    return [
+        statistics.median(times[at]) if at in times else each
+        for at, each in enumerate(found)
+    ]
 
 
 class Schedules:
@@ -165,6 +192,18 @@ class Schedules:
 
         description = topologies.get_topology_desc(topology, platform="tpu")
         self.device = description.devices[0]
+
+    def of(
+        self, case: Case, configs: Sequence[dict[str, int]], n: int
+    ) -> list[tuple[float, int] | Exception]:
+        """What each config costs; or what failed."""
+        found: list[tuple[float, int] | Exception] = []
+        for config in configs:
+            try:
+                found.append(self(case, config, n))
+            except Exception as error:
+                found.append(error)
+        return found
 
     def __call__(self, case: Case, config: dict[str, int], n: int) -> tuple[float, int]:
         """Bundles that one head of the kernel takes, and the vector spills in it."""
@@ -252,7 +291,7 @@ def main() -> None:
     )
     parser.add_argument("--topology", help="compile for this TPU, such as v5e:2x2")
     parser.add_argument("--length", type=int, default=8192)
-    parser.add_argument("--only", default="", help="cases whose key holds this")
+    parser.add_argument("--only", default="", help="cases whose key this regex matches")
     parser.add_argument("--small", action="store_true", help="one case, interpreted")
     parser.add_argument("--save", action="store_true", help="write block_sizes.json")
     options = parser.parse_args()
@@ -294,27 +333,32 @@ def main() -> None:
             functools.partial(attention_map, **scoring), **arrays
         )
         key = tuning.key(case.operation, attention, case.vectors)
-        if options.only not in key:
+        if not re.search(options.only, key):
             continue
+        configs = list(candidates(platform, case, options.small))
+        if schedules:
+            costs = schedules.of(case, configs, n)
+        else:
+            costs = time_on_device(case, configs, n, options.small)
         best: tuple[float, dict[str, Any]] = (math.inf, {})
-        for config in candidates(platform, case, options.small):
-            entry: dict[str, Any] = {"config": config}
-            try:
-                if schedules:
-                    cost, entry["spills"] = schedules(case, config, n)
-                    entry["bundles_per_head"] = cost
-                else:
-                    cost = time_on_device(case, config, n, options.small)
-                    entry["ms"] = round(cost, 4)
-            except Exception as error:
-                print(f"| {key} | {config} | {str(error).splitlines()[0][:90]} |")
+        for config, cost in zip(configs, costs, strict=True):
+            if isinstance(cost, Exception):
+                print(f"| {key} | {config} | {str(cost).splitlines()[0][:90]} |")
                 continue
+            entry: dict[str, Any] = {"config": config}
+            if isinstance(cost, tuple):
+                cost, entry["spills"] = cost
+                entry["bundles_per_head"] = cost
+            else:
+                entry["ms"] = round(cost, 4)
             print(f"| {key} | {config} | {cost:.4g} |", flush=True)
             if cost < best[0]:
                 best = cost, entry
-        measured[key] = best[1]
-    if options.save and not options.small:
-        save(kind, how, measured)
+        if best[1]:
+            measured[key] = best[1]
+            # At once, for the machine may be gone before all are measured.
+            if options.save and not options.small:
+                save(kind, how, measured)
 
 
 if __name__ == "__main__":

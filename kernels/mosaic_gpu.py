@@ -291,7 +291,10 @@ def walk_keys(
                 plgpu.layout_cast(jnp.full((bq,), x, jnp.float32), rows) for x in start
             )
             queries_numbers = tuple(
-                plgpu.load(ref.at[example, head, queries], layout=rows) for ref in own
+                plgpu.load(
+                    ref.at[example, head, queries], layout=rows, optimized=False
+                )
+                for ref in own
             )
             ends = finish(*pipeline((queries_numbers, carry)))
             for n, end in enumerate(ends):
