@@ -692,12 +692,14 @@ def main() -> None:
         ]
     where = " on a GPU" if ON_GPU else ""
     command = "python benchmarks/integrated_gradients.py --save"
-    pairs = [pair for size in sizes for pair in over_the_floor(*size, rounds)]
+    shown = lambda pair: print(pair.row(), flush=True) or pair
+    pairs = [shown(pair) for size in sizes for pair in over_the_floor(*size, rounds)]
     title = f"Integrated gradients over forward and backward passes{where}"
     report(title, command, pairs, save=options.save)
-    pairs = [pair for size in sizes for pair in beside_captum(*size, rounds)]
+    pairs = [shown(pair) for size in sizes for pair in beside_captum(*size, rounds)]
     for model in trained:
-        pairs += at_equal_error(model, 1 if options.small else rounds)
+        few = 1 if options.small else rounds
+        pairs += [shown(pair) for pair in at_equal_error(model, few)]
     turns = 1 if options.small or ON_GPU else 3
     pairs += [compilation(deep, turns), all_classes(*many, rounds)]
     title = f"Integrated gradients beside others{where}"

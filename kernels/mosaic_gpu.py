@@ -8,6 +8,7 @@ memory once for all of them. Queries lie on the rows of a tile, so that what is 
 over keys is summed in registers.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,8 @@ from xviz_jax.kernels.attention_map import AttentionMap
 LOG2_E = math.log2(math.e)
 # What a thread block of an H100 may have, less some for barriers and reductions.
 _SHARED_BYTES = 227 * 1024 - 4096
+# Blocks that are on their way, or read, at a time.
+STAGES = 3
 
 
 def require_support(attention: AttentionMap) -> None:
@@ -139,15 +142,56 @@ def transforms() -> tuple[Any, ...]:
     return plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
 
 
-def wgmma(fixed: Any, streamed: Any) -> jax.Array:
-    """fixed streamed^T in float32, of tiles in shared memory."""
+def wgmma(
+    pairs: Sequence[tuple[Any, Any]], meanwhile: Callable[[], Any] = lambda: None
+) -> tuple[list[jax.Array], Any]:
+    """fixed streamed^T in float32 for each pair of tiles in shared memory.
 
-    def multiply(accumulator):
-        plgpu.wgmma(accumulator, fixed, streamed.transpose((1, 0)))
-        return accumulator[...]
+    `meanwhile` runs while the tensor cores do; its result is the second.
+    """
 
-    shape = (fixed.shape[0], streamed.shape[0])
-    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+    def multiply(*accumulators):
+        for accumulator, (fixed, streamed) in zip(accumulators, pairs, strict=True):
+            plgpu.wgmma(accumulator, fixed, streamed.transpose((1, 0)))
+        found = meanwhile()
+        return [accumulator[...] for accumulator in accumulators], found
+
+    shape = lambda fixed, streamed: (fixed.shape[0], streamed.shape[0])
+    return pl.run_scoped(
+        multiply, *(plgpu.ACC(shape(*pair), jnp.float32) for pair in pairs)
+    )
+
+
+class Turns:
+    """Two warp groups in turns: one multiplies while one takes exponentials.
+
+    Left alone they fall into step, and then the special-function units wait for the
+    tensor cores and these for those: as FlashAttention-3 has them (Shah et al. 2024).
+    """
+
+    def __init__(self, barriers: Sequence[Any]):
+        """The barrier of `scratch`, or none, where there are no turns."""
+        self.barriers = barriers
+
+    @staticmethod
+    def scratch(groups: int) -> list[Any]:
+        """What turns take of a kernel's scratch; other numbers of groups have none."""
+        return [plgpu.Barrier(num_arrivals=2)] if groups == 2 else []
+
+    def change(self) -> None:
+        """Waits for the other warp group to come to its next turn."""
+        for barrier in self.barriers:
+            plgpu.barrier_arrive(barrier)
+            plgpu.barrier_wait(barrier)
+
+    def around(self, walk: Callable[[], Any], warp_group: Any) -> Any:
+        """`walk()`, each step of which changes turns twice."""
+        if not self.barriers:
+            return walk()
+        pl.when(warp_group == 1)(self.change)
+        found = walk()
+        pl.when(warp_group == 0)(self.change)
+        return found
 
 
 class Tile(NamedTuple):
@@ -195,6 +239,7 @@ def walk_keys(
     finish: Callable[..., Sequence[jax.Array]],
     outputs: int,
     interpret: Any,
+    candidates: Sequence[tuple[int, int, int]] = ((64, 128, 2),),
 ) -> jax.Array:
     """Walks along the keys of each query, carrying a few numbers per query.
 
@@ -210,6 +255,7 @@ def walk_keys(
       finish: `(per_query, carry) -> outputs`, `[block_q]` each.
       outputs: how many there are.
       interpret: as in `plgpu.kernel`.
+      candidates: as in `block_sizes`; smaller ones follow.
 
     Returns:
       float32 `[B, H, outputs, Nq]`.
@@ -221,10 +267,10 @@ def walk_keys(
         attention,
         config,
         vectors=vectors,
-        candidates=[(64, 128, 2), (64, 64, 2), (64, 64, 1)],
+        candidates=[*candidates, (64, 64, 2), (64, 64, 1)],
         held=lambda bq, bk, groups: (
-            groups * bq + 2 * bk,
-            2 * numbers * bk + outputs * groups * bq,
+            groups * bq + STAGES * bk,
+            STAGES * numbers * bk + outputs * groups * bq,
         ),
     )
     group = h // kv_heads
@@ -259,9 +305,9 @@ def walk_keys(
         return (*parts, refs)
 
     def body(*refs):
-        fixed, walked, own, shared_by_keys, (out, tiles, results, barriers) = split(
-            refs
-        )
+        fixed, walked, own, shared_by_keys, scratch = split(refs)
+        out, tiles, results, barriers, *turn_barriers = scratch
+        turns = Turns(turn_barriers)
         example, head = lax.axis_index("batch"), lax.axis_index("heads")
         kv_head = lax.div(head, jnp.array(group, head.dtype))
         warp_group = lax.axis_index("warp_group")
@@ -291,12 +337,11 @@ def walk_keys(
                 plgpu.layout_cast(jnp.full((bq,), x, jnp.float32), rows) for x in start
             )
             queries_numbers = tuple(
-                plgpu.load(
-                    ref.at[example, head, queries], layout=rows, optimized=False
-                )
+                plgpu.load(ref.at[example, head, queries], layout=rows, optimized=False)
                 for ref in own
             )
-            ends = finish(*pipeline((queries_numbers, carry)))
+            walk = functools.partial(pipeline, (queries_numbers, carry))
+            ends = finish(*turns.around(walk, warp_group))
             for n, end in enumerate(ends):
                 results.at[warp_group, n][...] = end
             plgpu.commit_smem()
@@ -309,10 +354,13 @@ def walk_keys(
         def walk(index, *refs):
             *refs, (queries_numbers, carry) = refs
             walked_tiles, by_key = refs[: sizes[1]], refs[sizes[1] :]
-            products = [
-                wgmma(tile.at[warp_group], block)
-                for tile, block in zip(tiles, walked_tiles, strict=True)
-            ]
+            products, _ = wgmma(
+                [
+                    (tile.at[warp_group], block)
+                    for tile, block in zip(tiles, walked_tiles, strict=True)
+                ],
+                meanwhile=turns.change,
+            )
             shape = (bq, bk)
             iota = lambda axis: plgpu.broadcasted_iota(
                 jnp.int32, shape, axis, layout=layout
@@ -337,7 +385,9 @@ def walk_keys(
                 if side is not None:
                     seen = ok(side) if seen is None else seen & ok(side)
             tile = Tile(products, seen, query, key, queries_numbers, by_key)
-            return queries_numbers, tuple(step(tile, carry))
+            carry = tuple(step(tile, carry))
+            turns.change()
+            return queries_numbers, carry
 
         vector = lambda n: plgpu.BlockSpec(
             block_shape=(n, bk), index_map=lambda i: (0, first + i)
@@ -357,7 +407,7 @@ def walk_keys(
         plgpu.emit_pipeline_warp_specialized(
             walk,
             grid=(last - first + 1 if banded else k_blocks,),
-            max_concurrent_steps=min(2, k_blocks),
+            max_concurrent_steps=min(STAGES, k_blocks),
             num_compute_wgs=groups,
             memory_registers=40,
             wg_axis="warp_group",
@@ -373,6 +423,7 @@ def walk_keys(
             [tile(x) for x in stationary],
             plgpu.SMEM((groups, outputs, bq), jnp.float32),
             plgpu.Barrier(num_barriers=len(stationary) * groups),
+            *Turns.scratch(groups),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         grid=(h, (nq + q_pad) // (bq * groups), b),
@@ -408,4 +459,4 @@ def counted_gradient(attention: AttentionMap, gradient: jax.Array) -> jax.Array:
 def sum_heads(attention: AttentionMap, partial: jax.Array) -> jax.Array:
     """The weighted sum over heads of `[B, H, M, N]`, as `[B, M, N]`."""
     weights = jnp.broadcast_to(attention.fusion_weights(), partial.shape[:2])
-    return jnp.einsum("bh,bhmn->bmn", weights, partial, precision="highest")
+    return jnp.sum(weights[..., None, None] * partial, axis=1)

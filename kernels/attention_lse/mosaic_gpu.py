@@ -32,14 +32,17 @@ def call(
 ) -> jax.Array:
     """The kernel itself, which has no derivative."""
     scale = attention.scale * mosaic_gpu.LOG2_E
+    # A positive scale keeps the order, so that only the maximum is multiplied, and
+    # scale and shift are one instruction.
+    first, then = (1.0, scale) if scale > 0.0 else (scale, 1.0)
 
     def step(tile, carry):
-        s = tile.keep_seen(tile.products[0] * scale, -jnp.inf)
+        s = tile.keep_seen(tile.products[0] * first, -jnp.inf)
         before, total = carry
-        after = jnp.maximum(before, jnp.max(s, axis=1))
+        after = jnp.maximum(before, jnp.max(s, axis=1) * then)
         # While a query has met no key its maximum is -inf, and -inf - -inf is NaN.
         shift = jnp.where(after == -jnp.inf, 0.0, after)
-        added = jnp.sum(jnp.exp2(s - tile.along_rows(shift)), axis=1)
+        added = jnp.sum(jnp.exp2(s * then - tile.along_rows(shift)), axis=1)
         return after, total * jnp.exp2(before - shift) + added
 
     def finish(_, carry):
@@ -55,4 +58,5 @@ def call(
         finish=finish,
         outputs=1,
         interpret=interpret,
+        candidates=[(128, 64, 2), (64, 128, 2)],
     )[:, :, 0]

@@ -30,6 +30,8 @@ from xviz_jax.kernels.dispatch import differentiated_as
 # are worth computing again rather than forming the matrix.
 _VECTORS_PER_PASS = 8
 _MAX_PASSES = 4
+# So many are loaded while the tensor cores compute; more would fill the registers.
+_VECTORS_AT_HAND = 2
 
 
 def attention_row_product(
@@ -80,23 +82,26 @@ def call(
 def _pass(r, lse, attention, config, interpret):
     b, h, kv_heads, nq, nk = attention.shape
     m, group = r.shape[1], h // kv_heads
+    left, right = mosaic_gpu.band(attention)
+    banded = left is not None or right is not None
+    with_gradient = attention.relevance != "attention"
+    # Under a band more of a wide block is masked; of two products registers spill.
+    wide = [] if banded or with_gradient else [(128, 128, 2)]
     bq, bk, groups = mosaic_gpu.block_sizes(
         "attention_row_product",
         attention,
         config,
         vectors=m,
-        candidates=[(128, 64, 2), (64, 64, 2), (64, 64, 1)],
+        candidates=[*wide, (128, 64, 2), (64, 64, 2), (64, 64, 1)],
         held=lambda bq, bk, groups: (
-            groups * bk + 2 * bq,
-            2 * (m + 1) * bq + m * groups * bk,
+            groups * bk + mosaic_gpu.STAGES * bq,
+            mosaic_gpu.STAGES * (m + 1) * bq + m * groups * bk,
         ),
     )
     q_pad, k_pad = -nq % bq, -nk % (bk * groups)
     q_blocks = (nq + q_pad) // bq
-    left, right = mosaic_gpu.band(attention)
     offset = attention.q_offset
     scale = attention.scale * mosaic_gpu.LOG2_E
-    with_gradient = attention.relevance != "attention"
 
     pad = mosaic_gpu.pad_lengths
     operands = [
@@ -112,7 +117,8 @@ def _pass(r, lse, attention, config, interpret):
 
     def body(r_ref, lse_ref, q_ref, k_ref, *refs):
         v_ref, dout_ref = refs[:2] if with_gradient else (None, None)
-        out_ref, shared, barriers = refs[2 * with_gradient :]
+        out_ref, shared, barriers, *turn_barriers = refs[2 * with_gradient :]
+        turns = mosaic_gpu.Turns(turn_barriers)
         example, head = lax.axis_index("batch"), lax.axis_index("heads")
         kv_head = lax.div(head, jnp.array(group, head.dtype))
         warp_group = lax.axis_index("warp_group")
@@ -139,7 +145,8 @@ def _pass(r, lse, attention, config, interpret):
             for _, n in fixed:
                 plgpu.barrier_wait(barriers[n].at[warp_group])
             zero = plgpu.layout_cast(jnp.zeros((bk,), jnp.float32), layout.reduce(1))
-            sums = pipeline((zero,) * m)
+            walk = functools.partial(pipeline, (zero,) * m)
+            sums = turns.around(walk, warp_group)
             result = shared[-1].at[warp_group]
             for n in range(m):
                 result.at[n][...] = sums[n]
@@ -153,17 +160,30 @@ def _pass(r, lse, attention, config, interpret):
         def step(index, q_s, lse_s, r_s, *rest):
             *dout_s, q_used, lse_used, r_used = rest[: 3 + with_gradient]
             *dout_used, sums = rest[3 + with_gradient :]
-            s = mosaic_gpu.wgmma(shared[0].at[warp_group], q_s)
-            plgpu.barrier_arrive(q_used)
-            norm = plgpu.load(lse_s, layout=layout.reduce(0))
             across = lambda x: lax.broadcast_in_dim(x, (bk, bq), [1])
+            by_query = functools.partial(plgpu.load, layout=layout.reduce(0))
+
+            vectors = lambda: [by_query(r_s.at[n]) for n in range(m)]
+
+            def numbers():
+                found = by_query(lse_s), vectors() if m <= _VECTORS_AT_HAND else None
+                turns.change()
+                return found
+
+            (s, *gradient), (norm, weights) = mosaic_gpu.wgmma(
+                [
+                    (keys.at[warp_group], queries)
+                    for keys, queries in zip(shared, (q_s, *dout_s), strict=False)
+                ],
+                meanwhile=numbers,
+            )
+            for used in (q_used, *dout_used):
+                plgpu.barrier_arrive(used)
             p = jnp.exp2(s * scale - across(norm))
-            if with_gradient:
-                gradient = mosaic_gpu.wgmma(shared[1].at[warp_group], dout_s[0])
-                plgpu.barrier_arrive(dout_used[0])
-                p = p * mosaic_gpu.counted_gradient(attention, gradient)
+            if gradient:
+                p = p * mosaic_gpu.counted_gradient(attention, gradient[0])
             # After the gradient, which may be NaN where nothing is attended.
-            if left is not None or right is not None:
+            if banded:
                 iota = lambda axis: plgpu.broadcasted_iota(
                     jnp.int32, (bk, bq), axis, layout=layout
                 )
@@ -173,15 +193,17 @@ def _pass(r, lse, attention, config, interpret):
                     p = jnp.where(key <= at + right, p, 0.0)
                 if left is not None:
                     p = jnp.where(key >= at - left, p, 0.0)
-            weights = [plgpu.load(r_s.at[n], layout=layout.reduce(0)) for n in range(m)]
+            weights = weights or vectors()
             # Numbers that threads have read give way to a copy of the next ones.
             plgpu.commit_smem()
-            plgpu.barrier_arrive(lse_used)
-            plgpu.barrier_arrive(r_used)
-            return tuple(
+            for used in (lse_used, r_used):
+                plgpu.barrier_arrive(used)
+            sums = tuple(
                 total + jnp.sum(p * across(w), axis=1)
                 for total, w in zip(sums, weights, strict=True)
             )
+            turns.change()
+            return sums
 
         features = lambda dim: plgpu.BlockSpec(
             block_shape=(bq, dim),
@@ -201,11 +223,10 @@ def _pass(r, lse, attention, config, interpret):
         if dout_ref is not None:
             specs.append(features(dout_ref.shape[3]))
             streams.append(dout_ref.at[example, :, head, :])
-        banded = left is not None or right is not None
         plgpu.emit_pipeline_warp_specialized(
             step,
             grid=(last - first + 1 if banded else q_blocks,),
-            max_concurrent_steps=min(2, q_blocks),
+            max_concurrent_steps=min(mosaic_gpu.STAGES, q_blocks),
             num_compute_wgs=groups,
             memory_registers=40,
             wg_axis="warp_group",
@@ -223,6 +244,8 @@ def _pass(r, lse, attention, config, interpret):
         scratch_types=[
             shared,
             [plgpu.Barrier(num_barriers=groups)] * (1 + with_gradient),
+            # On an H200 relevance gains 5% by turns; the plain product loses as much.
+            *(mosaic_gpu.Turns.scratch(groups) if with_gradient else ()),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         grid=(h, (nk + k_pad) // (bk * groups), b),

@@ -120,12 +120,14 @@ def one_pass(
             *gradient, (fused, sums) = rest
             i, head = query_and_head(index[0])
             across = lambda x: lax.broadcast_in_dim(x, (bk, bq), [1])
-            s = mosaic_gpu.wgmma(k_s.at[own_rows], q_s)
-            p = jnp.exp2(s * scale - across(plgpu.load(lse_s, layout=layout.reduce(0))))
+            pairs = [(k_s.at[own_rows], q_s)]
             if gradient:
                 dout_s, v_s = gradient
-                gradient = mosaic_gpu.wgmma(v_s.at[own_rows], dout_s)
-                p = p * mosaic_gpu.counted_gradient(attention, gradient)
+                pairs.append((v_s.at[own_rows], dout_s))
+            (s, *gradient), _ = mosaic_gpu.wgmma(pairs)
+            p = jnp.exp2(s * scale - across(plgpu.load(lse_s, layout=layout.reduce(0))))
+            if gradient:
+                p = p * mosaic_gpu.counted_gradient(attention, gradient[0])
             iota = lambda axis: plgpu.broadcasted_iota(
                 jnp.int32, (bk, bq), axis, layout=layout
             )
