@@ -242,6 +242,16 @@ def prepare(n: int, dtype: str, operation: str, name: str) -> Any:
         return CONTENDERS[operation][name](shapes(n, dtype))
     except (NotImplementedError, ImportError, MemoryError) as reason:
         return reason
+    except RuntimeError as error:
+        # XLA tries its products while it compiles, at their full size.
+        require_out_of_memory(error)
+        return MemoryError("out of memory")
+
+
+def require_out_of_memory(error: RuntimeError) -> None:
+    """Raises it again if it is about anything else."""
+    if not re.search("RESOURCE_EXHAUSTED|out of memory", str(error)):
+        raise error
 
 
 def race(
@@ -260,8 +270,7 @@ def race(
             wait_for(run())
             once = time.perf_counter() - start
         except RuntimeError as error:
-            if not re.search("RESOURCE_EXHAUSTED|out of memory", str(error)):
-                raise
+            require_out_of_memory(error)
             print(f"{title}: {name}: out of memory", flush=True)
             continue
         # Launches are asynchronous: a batch of calls measures the device.
