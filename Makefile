@@ -11,7 +11,7 @@ PYTHON312 ?= $(firstword $(foreach name,python3.12 $(wildcard \
   $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.12*/bin/python3.12),\
   $(shell $(name) -c "import sys" 2>/dev/null && echo $(name))))
 
-.PHONY: demo test suite audits lint doctests smoke-newest test-tpu-compile benchmarks bench-gpu clean python
+.PHONY: demo test suite audits lint doctests smoke-newest test-tpu-compile test-gpu benchmarks bench-gpu clean python
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/xviz-jax demo --out demo --overwrite
@@ -39,12 +39,14 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# The contract on the newest JAX, where an interpreter for it exists.
+# The contract on the newest JAX, and the GPU's simulator, which the oldest lacks; where
+# an interpreter for it exists.
 smoke-newest: $(NEWEST)/.installed
 ifeq ($(PYTHON312),)
 	@echo "No Python 3.12 here: the newest JAX is not tried."
 else
 	$(NEWEST)/bin/python -m pytest -q -n 2 tests/contract -k "eager or sharded"
+	$(NEWEST)/bin/python -m pytest -q -n 2 tests/kernels/test_mosaic_gpu.py
 endif
 
 # After the other environment, for both build the package in place.
@@ -65,7 +67,11 @@ $(TPU)/.installed: Makefile | python
 	$(TPU)/bin/pip install -q --disable-pip-version-check "jax[tpu]==0.10.2"
 	@touch $@
 
-# On a machine with an NVIDIA GPU whose JAX the interpreter has (JAX 0.11 or newer).
+# On a machine with an NVIDIA GPU whose JAX the interpreter has (JAX 0.11 or newer): what
+# does not want several devices, without products in TF32; and the kernels.
+test-gpu:
+	JAX_DEFAULT_MATMUL_PRECISION=highest $(PYTHON) -m pytest -q tests/contract -k "not shard"
+
 bench-gpu:
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --save
 

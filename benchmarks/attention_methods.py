@@ -11,9 +11,9 @@ that transformers makes and `xv.models.load` reads.
 
 Every size is a process of its own. Within one, a method takes turns with its floor, and
 then with its peer: how long a call takes depends on what the one before it left behind.
-Where a call takes minutes, each that counts follows one of its own kind: what memory the
-others leave alone for so long, a virtual machine may have given back to its host, and
-to get it again takes 45 times as long (8.2 and 0.18 microseconds a page, measured).
+Where a call takes a minute, each that counts follows one of its own kind: pages that
+the other leaves alone for so long, a virtual machine may give back to its host, and to
+have them again takes 45 times as long (8.2 and 0.18 microseconds a page, measured).
 Peak memory is of yet another process for each, beyond what it held after a first call
 with the weights and the input: of JAX that is a compiled program's run.
 """
@@ -75,7 +75,7 @@ class Size:
 
     @property
     def huge(self) -> bool:
-        """Whether a call takes a minute: then each is made twice, and the second counts."""
+        """Whether a call takes a minute: then the second of two is what counts."""
         return self.tokens * self.batch > 60_000
 
     @property

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from xviz_jax.kernels import mosaic_gpu
+from xviz_jax.kernels import mosaic_gpu, mosaic_gpu_walk
 from xviz_jax.kernels.attention_col_product import xla
 from xviz_jax.kernels.attention_lse import mosaic_gpu as lse_kernel
 from xviz_jax.kernels.attention_map import AttentionMap
@@ -66,7 +66,7 @@ def call(
             for total, x in zip(sums, tile.per_key[0], strict=True)
         ]
 
-    partial = mosaic_gpu.walk_keys(
+    partial = mosaic_gpu_walk.walk_keys(
         "attention_col_product",
         attention,
         config,

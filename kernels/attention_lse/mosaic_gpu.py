@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from xviz_jax.kernels import mosaic_gpu
+from xviz_jax.kernels import mosaic_gpu, mosaic_gpu_walk
 from xviz_jax.kernels.attention_lse import xla
 from xviz_jax.kernels.attention_map import AttentionMap
 from xviz_jax.kernels.dispatch import differentiated_as
@@ -49,7 +49,7 @@ def call(
         top, total = carry
         return [top * math.log(2.0) + jnp.log(total)]
 
-    return mosaic_gpu.walk_keys(
+    return mosaic_gpu_walk.walk_keys(
         "attention_lse",
         attention,
         config,

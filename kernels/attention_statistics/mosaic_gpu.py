@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from xviz_jax.kernels import mosaic_gpu
+from xviz_jax.kernels import mosaic_gpu, mosaic_gpu_walk
 from xviz_jax.kernels.attention_map import AttentionMap
 from xviz_jax.kernels.attention_statistics import xla
 from xviz_jax.kernels.attention_statistics.statistics import AttentionStatistics
@@ -94,7 +94,7 @@ def call(
             *carry[7 + top_k :],
         ]
 
-    found = mosaic_gpu.walk_keys(
+    found = mosaic_gpu_walk.walk_keys(
         "attention_statistics",
         attention,
         config,
