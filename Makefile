@@ -45,8 +45,8 @@ smoke-newest: $(NEWEST)/.installed
 ifeq ($(PYTHON312),)
 	@echo "No Python 3.12 here: the newest JAX is not tried."
 else
-	$(NEWEST)/bin/python -m pytest -q -n 2 tests/contract -k "eager or sharded"
-	$(NEWEST)/bin/python -m pytest -q -n 2 tests/kernels/test_mosaic_gpu.py
+	$(NEWEST)/bin/python -m pytest -q -n 2 tests/contract tests/kernels/test_mosaic_gpu.py \
+	  -k "eager or sharded or test_mosaic_gpu"
 endif
 
 # After the other environment, for both build the package in place.

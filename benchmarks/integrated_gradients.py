@@ -265,10 +265,10 @@ def at_equal_error(model: Trained, rounds: int) -> list[Pair]:
         (jax.tree.map(jnp.asarray, model.weights),), jax.devices()[:1]
     )
     sizes = (64, 256) if ON_GPU else (4, 8, 16, 64)
+    sizes = sorted({min(size, len(model.inputs)) for size in sizes})
 
     def program(function: Callable, size: int, **options: Any) -> Callable:
         explain = xv.integrated_gradients(function, chunk=1, argnums=1, **options)
-        size = min(size, len(model.inputs))
         ready = batch.Program(explain, model.inputs, shared=shared, microbatch=size)
         return lambda: ready(model.inputs)
 
@@ -281,13 +281,13 @@ def at_equal_error(model: Trained, rounds: int) -> list[Pair]:
             for precision, forward in model.forward.items()
         }
         exact = functions[next(iter(functions))]
-        wanted = program(exact, sizes[1], steps=model.dense, rule="midpoint")().scores
+        wanted = program(exact, sizes[-1], steps=model.dense, rule="midpoint")().scores
         tail = lambda found, wanted=wanted: np.quantile(distance(found, wanted), 0.95)
         if torch is not None:
             who, rule = "Captum", captum_at(model, name)
         else:
             who = "Gauss-Legendre here"
-            rule = lambda steps, exact=exact: program(exact, sizes[1], steps=steps)
+            rule = lambda steps, exact=exact: program(exact, sizes[-1], steps=steps)
         for precision, function in functions.items():
             with ThreadPoolExecutor() as pool:
                 make = functools.partial(program, function, tolerance=TOLERANCE)
