@@ -13,7 +13,7 @@ Every size is a process of its own. Within one, a method takes turns with its fl
 then with its peer: how long a call takes depends on what the one before it left behind.
 Where a call takes a minute, each that counts follows one of its own kind: pages that
 the other leaves alone for so long, a virtual machine may give back to its host, and to
-have them again takes 45 times as long (8.2 and 0.18 microseconds a page, measured).
+have them again takes many times as long (RESULTS.md has figures).
 Peak memory is of yet another process for each, beyond what it held after a first call
 with the weights and the input: of JAX that is a compiled program's run.
 """

@@ -413,6 +413,12 @@ def all_classes(shape: Shape, count: int, steps: int, rounds: int) -> Pair:
     )
 
 
+def shown(pair: Pair) -> Pair:
+    """At once, for it may be long until the others are there."""
+    print(pair.row(), flush=True)
+    return pair
+
+
 def main() -> None:
     options = arguments(__doc__)
     rounds = 2 if options.small else options.rounds
@@ -464,7 +470,6 @@ def main() -> None:
         ]
     where = " on a GPU" if ON_GPU else ""
     command = "python benchmarks/integrated_gradients.py --save"
-    shown = lambda pair: print(pair.row(), flush=True) or pair
     pairs = [shown(pair) for size in sizes for pair in over_the_floor(*size, rounds)]
     title = f"Integrated gradients over forward and backward passes{where}"
     report(title, command, pairs, save=options.save)

@@ -155,6 +155,40 @@ def wgmma(
     )
 
 
+def pipeline(
+    step: Callable[..., Any],
+    specs: Sequence[Any],
+    *,
+    steps: Any,
+    stages: int,
+    groups: int,
+    context: Callable[..., None],
+    **options: Any,
+) -> Callable[..., None]:
+    """Calls `step` with block after block, which one more warp group copies.
+
+    Args:
+      step: `(index, *blocks, carry) -> carry`.
+      specs: of the blocks.
+      steps: how many there are, which may be traced.
+      stages: how many blocks are on their way, or read, at a time.
+      groups: warp groups that compute.
+      context: `(pipeline)`, which calls it with the first carry.
+      **options: as in `plgpu.emit_pipeline_warp_specialized`.
+    """
+    return plgpu.emit_pipeline_warp_specialized(
+        step,
+        grid=(steps,),
+        in_specs=specs,
+        max_concurrent_steps=stages,
+        num_compute_wgs=groups,
+        memory_registers=40,
+        wg_axis="warp_group",
+        compute_context=context,
+        **options,
+    )
+
+
 class Turns:
     """Two warp groups in turns: one multiplies while one takes exponentials.
 

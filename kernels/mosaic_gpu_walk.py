@@ -165,6 +165,7 @@ def walk_keys(
                 plgpu.layout_cast(jnp.full((bq,), x, jnp.float32), rows) for x in start
             )
             queries_numbers = tuple(
+                # Out of global memory there is no optimized way.
                 plgpu.load(ref.at[example, head, queries], layout=rows, optimized=False)
                 for ref in own
             )
@@ -232,15 +233,13 @@ def walk_keys(
         streams = [ref.at[example, :, kv_head, :] for ref in walked]
         streams += [ref.at[example] for ref in shared_by_keys]
         banded = left is not None or right is not None
-        plgpu.emit_pipeline_warp_specialized(
+        mosaic_gpu.pipeline(
             walk,
-            grid=(last - first + 1 if banded else k_blocks,),
-            max_concurrent_steps=min(mosaic_gpu.STAGES, k_blocks),
-            num_compute_wgs=groups,
-            memory_registers=40,
-            wg_axis="warp_group",
-            compute_context=compute,
-            in_specs=specs,
+            specs,
+            steps=last - first + 1 if banded else k_blocks,
+            stages=min(mosaic_gpu.STAGES, k_blocks),
+            groups=groups,
+            context=compute,
         )(*streams)
 
     tile = lambda x: plgpu.SMEM((groups, bq, x.shape[3]), x.dtype, transforms=tiled)

@@ -223,16 +223,14 @@ def _pass(r, lse, attention, config, interpret):
         if dout_ref is not None:
             specs.append(features(dout_ref.shape[3]))
             streams.append(dout_ref.at[example, :, head, :])
-        plgpu.emit_pipeline_warp_specialized(
+        mosaic_gpu.pipeline(
             step,
-            grid=(last - first + 1 if banded else q_blocks,),
-            max_concurrent_steps=min(mosaic_gpu.STAGES, q_blocks),
-            num_compute_wgs=groups,
-            memory_registers=40,
-            wg_axis="warp_group",
+            specs,
+            steps=last - first + 1 if banded else q_blocks,
+            stages=min(mosaic_gpu.STAGES, q_blocks),
+            groups=groups,
+            context=columns,
             manual_consumed_barriers=True,
-            compute_context=columns,
-            in_specs=specs,
         )(*streams)
 
     key_tile = lambda x: plgpu.SMEM((groups, bk, x.shape[3]), x.dtype, transforms=tiled)

@@ -176,15 +176,13 @@ def one_pass(
                 for f, ref in zip((by_query, by_key) * 2, streams[2:], strict=False)
             ),
         ]
-        plgpu.emit_pipeline_warp_specialized(
+        mosaic_gpu.pipeline(
             step,
-            grid=(count * h,),
-            max_concurrent_steps=min(2, h),
-            num_compute_wgs=groups,
-            memory_registers=40,
-            wg_axis="warp_group",
-            compute_context=columns,
-            in_specs=specs,
+            specs,
+            steps=count * h,
+            stages=min(2, h),
+            groups=groups,
+            context=columns,
         )(*(ref.at[example] for ref in streams))
 
     partial = plgpu.kernel(
