@@ -11,11 +11,14 @@ that transformers makes and `xv.models.load` reads.
 
 Every size is a process of its own. Within one, a method takes turns with its floor, and
 then with its peer: how long a call takes depends on what the one before it left behind.
-Where a call takes a minute, each that counts follows one of its own kind: pages that
-the other leaves alone for so long, a virtual machine may give back to its host, and to
-have them again takes many times as long (RESULTS.md has figures).
-Peak memory is of yet another process for each, beyond what it held after a first call
-with the weights and the input: of JAX that is a compiled program's run.
+Where a call over all inputs takes a minute, each that counts follows one of its own
+kind: pages that the other leaves alone for so long, a virtual machine may give back to
+its host, and to have them again takes many times as long (RESULTS.md has figures).
+Where what a backward pass keeps of all inputs does not fit the machine, relevance, its
+floor and what torch does take as many inputs at once as fit, within one call.
+Peak memory is of yet another process for each, beyond what it held with the weights
+and the input, after a first call where that takes less than a minute: of JAX it is a
+compiled program's run.
 """
 
 import argparse
@@ -30,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +53,10 @@ FLOORS = {
     "relevance": "forward + backward",
 }
 GOLDENS = Path(__file__).parents[1] / "tests" / "models" / "goldens"
-# Beyond this, maps that torch stores with their gradients do not fit the machine; and
-# beyond the other, what JAX keeps of a softmax for a backward pass.
-MOST_PEER_BYTES, MOST_KEPT_BYTES = 12e9, 16e9
+# Beyond this, maps and what a backward pass keeps of them do not fit the machine.
+MOST_BYTES = 12e9
+# What takes parts of a batch where the whole does not fit.
+BACKWARD = ("forward + backward", "relevance", "torch rollout", "torch relevance")
 TARGET = 1
 
 
@@ -70,13 +74,19 @@ class Size:
 
     @property
     def large(self) -> bool:
-        """Whether a round takes a minute: then two are run, and memory is not read."""
+        """Whether a round takes a minute: then two are run."""
         return self.tokens * self.batch > 16_000
 
     @property
     def huge(self) -> bool:
-        """Whether a call takes a minute: then the second of two is what counts."""
+        """Whether a call takes a minute."""
         return self.tokens * self.batch > 60_000
+
+    @property
+    def at_once(self) -> int:
+        """How many inputs a backward pass fits the machine with, a power of two."""
+        fit = int(MOST_BYTES / map_bytes(self, 1))
+        return min(self.batch, 1 << (fit.bit_length() - 1))
 
     @property
     def name(self) -> str:
@@ -84,8 +94,7 @@ class Size:
         return f"{like}, {self.tokens} tokens, batch {self.batch}"
 
 
-# Images of about as many tokens as the texts. Of 8 inputs of 2,048 tokens, what a
-# backward pass keeps does not fit the machine: 27 GB.
+# Images of about as many tokens as the texts.
 SIZES = [
     *(Size("image", 14, batch) for batch in (1, 8, 32)),
     *(Size("image", 23, batch) for batch in (1, 8)),
@@ -143,14 +152,12 @@ def main() -> None:
                 "folder": str(folder(size, Path(scratch), options.small)),
                 "rounds": 2 if options.small or size.large else options.rounds,
                 "clock": options.clock,
-                "peer": peer and map_bytes(size) < MOST_PEER_BYTES,
+                "peer": peer,
             }
             times = worker("times", base)
             measured = ["rollout"] if options.small else ["rollout", "relevance"]
-            if base["peer"]:
+            if peer:
                 measured += [f"torch {n}" for n in measured]
-            if size.large:
-                measured = []
             used = {n: worker("memory", {**base, "method": n}) for n in measured}
         for n in times:
             lines.append(row(size.name, n, times[n], used))
@@ -176,10 +183,10 @@ def row(model: str, name: str, times: dict, used: dict) -> str:
     return f"| {model} | {name} | " + " | ".join(cells) + " |"
 
 
-def map_bytes(size: Size) -> float:
+def map_bytes(size: Size, batch: int) -> float:
     """Bytes of all maps and of as much again: of gradients, or of exponentials."""
     layers, heads = (12, 6) if size.kind == "image" else (6, 12)
-    return 8.0 * layers * heads * size.tokens**2 * size.batch
+    return 8.0 * layers * heads * size.tokens**2 * batch
 
 
 def worker(task: str, argument: dict):
@@ -234,9 +241,9 @@ def inputs(size: Size, config: Any) -> np.ndarray:
     return random.standard_normal((size.batch, side, side, 3), np.float32)
 
 
-def ours(argument: dict) -> dict[str, Callable]:
-    """Each method and floor as a function of nothing, in JAX."""
-    size = Size(argument["kind"], argument["length"], argument["batch"])
+def ours(argument: dict, names: Sequence[str]) -> dict[str, Callable]:
+    """Methods and floors as compiled functions of nothing, in JAX."""
+    size = size_of(argument)
     model = xv.models.load(argument["folder"], scan=True)
     forward, parameters = model.functional()
     x = jnp.asarray(inputs(size, model.config))
@@ -260,11 +267,17 @@ def ours(argument: dict) -> dict[str, Callable]:
         "relevance": relevance,
     }
 
-    def call(function):
-        program = jax.jit(jax.vmap(function, in_axes=(None, 0)))
+    def call(name):
+        function = functions[name]
+        batched = jax.vmap(function, in_axes=(None, 0))
+        if name in BACKWARD and size.at_once < size.batch:
+            batched = lambda parameters, x: jax.lax.map(
+                functools.partial(function, parameters), x, batch_size=size.at_once
+            )
+        program = jax.jit(batched).lower(parameters, x).compile()
         return lambda: jax.block_until_ready(program(parameters, x))
 
-    return {name: call(function) for name, function in functions.items()}
+    return {name: call(name) for name in names}
 
 
 def theirs(argument: dict) -> dict[str, Callable]:
@@ -272,7 +285,7 @@ def theirs(argument: dict) -> dict[str, Callable]:
     import torch  # pyright: ignore[reportMissingImports]
     import transformers  # pyright: ignore[reportMissingImports]
 
-    size = Size(argument["kind"], argument["length"], argument["batch"])
+    size = size_of(argument)
     own = xv.models.load(argument["folder"], scan=True)
     x = torch.from_numpy(inputs(size, own.config))
     if size.kind == "image":
@@ -283,7 +296,7 @@ def theirs(argument: dict) -> dict[str, Callable]:
     model = model.eval().requires_grad_(False)
     identity = torch.eye(size.tokens)
 
-    def rollout():
+    def rollout(x):
         with torch.no_grad():
             maps = model(x, output_attentions=True).attentions
             product = identity
@@ -291,7 +304,7 @@ def theirs(argument: dict) -> dict[str, Callable]:
                 product = (each.mean(dim=1) + identity) / 2 @ product
             return product[:, 0].numpy()
 
-    def relevance():
+    def relevance(x):
         embeddings = model.base_model.embeddings
         hidden = []
         handle = embeddings.register_forward_hook(
@@ -301,28 +314,36 @@ def theirs(argument: dict) -> dict[str, Callable]:
         handle.remove()
         chosen = out.logits[:, TARGET].sum()
         slopes = torch.autograd.grad(chosen, out.attentions)
-        product = identity.expand(size.batch, -1, -1)
+        product = identity.expand(len(x), -1, -1)
         for each, slope in zip(out.attentions, slopes, strict=True):
             product = product + (each * slope).relu().mean(dim=1) @ product
         return product[:, 0].detach().numpy()
 
-    return {"torch rollout": rollout, "torch relevance": relevance}
+    def call(function):
+        return lambda: np.concatenate([function(x) for x in x.split(size.at_once)])
+
+    return {"torch rollout": call(rollout), "torch relevance": call(relevance)}
+
+
+def size_of(argument: dict) -> Size:
+    return Size(argument["kind"], argument["length"], argument["batch"])
 
 
 def times(argument: dict) -> dict:
     """Of each method, seconds in turns with its floor and its peer, and the error."""
-    size = Size(argument["kind"], argument["length"], argument["batch"])
-    calls = ours(argument) | (theirs(argument) if argument["peer"] else {})
+    size = size_of(argument)
+    calls = ours(argument, [*FLOORS, *dict.fromkeys(FLOORS.values())])
+    calls |= theirs(argument) if argument["peer"] else {}
     clock = time.perf_counter if argument["clock"] == "wall" else time.process_time
 
     def turns(*names: str) -> list[list[float]]:
         found = []
-        # The first turn is not counted: it compiles, and comes after other calls.
+        # The first turn is not counted, as it comes after other calls.
         first = 0 if size.huge else 1
         for _ in range(argument["rounds"] + first):
             found.append([])
             for name in names:
-                if size.huge:
+                if size.huge and name not in BACKWARD:
                     calls[name]()
                 begin = clock()
                 answers[name] = calls[name]()
@@ -331,8 +352,6 @@ def times(argument: dict) -> dict:
 
     found, answers = {}, {}
     for name, floor in FLOORS.items():
-        if name == "relevance" and map_bytes(size) > MOST_KEPT_BYTES:
-            continue
         base, own = turns(floor, name)
         found[name] = {"own": own, "floor": base}
         if argument["peer"] and f"torch {name}" in calls:
@@ -345,12 +364,14 @@ def times(argument: dict) -> dict:
 
 
 def memory(argument: dict) -> int:
-    """Peak bytes of one call, after a first."""
+    """Peak bytes of one call, after a first where that takes no minute."""
     name = argument["method"]
-    calls = theirs(argument) if name.startswith("torch") else ours(argument)
-    calls[name]()
+    peer = name.startswith("torch")
+    call = theirs(argument)[name] if peer else ours(argument, [name])[name]
+    if not size_of(argument).large:
+        call()
     before = reset_peak()
-    calls[name]()
+    call()
     return max(status("VmHWM") - before, 0)
 
 

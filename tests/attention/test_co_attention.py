@@ -36,8 +36,12 @@ def attend(w, x, y, seen: Any = True, tap=lambda maps: maps):
     return mixed.reshape(len(x), WIDTH) @ w["out"]
 
 
+def norm(x):
+    return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+
+
 def mlp(x):
-    x = x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+    x = norm(x)
     return x + jnp.tanh(x)
 
 
@@ -64,19 +68,22 @@ class EncoderDecoder:
     def inputs(self):
         return draw(7, self.own, WIDTH), draw(8, self.other, WIDTH)
 
-    def __call__(self, x, source, tap=lambda maps: maps):
+    def __call__(self, x, source, tap=lambda maps: maps, at=lambda stream: stream):
+        """As trained; `tap` sees, or moves, maps, and `at` what enters layers."""
         seen = np.arange(self.other) < self.other - self.pad
         past = np.tril(np.ones((self.own, self.own), bool))
 
         def encode(y, w):
+            y = at(y)
             return mlp(y + attend(w["own"], y, y, seen, tap)), None
 
         def decode(x, w):
-            x = mlp(x + attend(w["own"], x, x, past, tap))
+            x = at(x)
+            x = at(norm(x + attend(w["own"], x, x, past, tap)))
             return mlp(x + attend(w["cross"], x, memory, seen, tap)), None
 
         encoder, decoder = cast((self.encoder, self.decoder), x)
-        memory = self.run(encode, source, encoder)
+        memory = at(self.run(encode, source, encoder))
         return (self.run(decode, x, decoder)[-1]) @ jnp.asarray(HEAD, x.dtype)
 
     def run(self, layer, x, layers):
@@ -89,6 +96,12 @@ class EncoderDecoder:
     def shapes(self, own, other):
         """Queries and keys of each layer of attention, in order."""
         return [(other, other)] * 2 + [(own, own), (own, other)] * 2
+
+    # Layers that run at once, by the sequences of their queries and of their keys.
+    groups = (
+        *[[("other", "other")]] * 2,
+        *[[("own", "own")], [("own", "other")]] * 2,
+    )
 
     def relevance(self, maps):
         """Equations 6, 7 and 10, in the order of the program."""
@@ -116,12 +129,15 @@ class CoAttention:
     inputs = EncoderDecoder.inputs
     run = EncoderDecoder.run
 
-    def __call__(self, text, image, tap=lambda maps: maps):
+    def __call__(self, text, image, tap=lambda maps: maps, at=lambda stream: stream):
         def layer(both, w):
-            text, image = both
-            text, image = (
-                mlp(text + attend(w["ti"], text, image, tap=tap)),
-                mlp(image + attend(w["it"], image, text, tap=tap)),
+            text, image = map(at, both)
+            text, image = map(
+                at,
+                (
+                    mlp(text + attend(w["ti"], text, image, tap=tap)),
+                    mlp(image + attend(w["it"], image, text, tap=tap)),
+                ),
             )
             text = mlp(text + attend(w["tt"], text, text, tap=tap))
             return (text, mlp(image + attend(w["ii"], image, image, tap=tap))), None
@@ -131,6 +147,12 @@ class CoAttention:
 
     def shapes(self, own, other):
         return [(own, other), (other, own), (own, own), (other, other)] * 2
+
+    groups = (
+        [("own", "other"), ("other", "own")],
+        [("own", "own")],
+        [("other", "other")],
+    ) * 2
 
     def relevance(self, maps):
         """Equations 6, 7, 10 and 11; both cross layers use what was before."""
@@ -157,8 +179,8 @@ def normalized(relevance):
     return rest / np.where(total == 0, 1, total) + np.eye(len(relevance))
 
 
-def fused_maps(model, target):
-    """Equation 5, of gradients through maps that are written out, in float64."""
+def maps_and_slopes(model, target):
+    """Maps that are written out, and gradients through them, in float64."""
     with jax.enable_x64(True):
         x, y = map(jnp.asarray, model.inputs())
         unrolled = type(model)(**{**vars(model), "scan": False})
@@ -175,10 +197,15 @@ def fused_maps(model, target):
         lengths = [len(each) for each in (x, y)]
         zeros = [jnp.zeros((HEADS, q, k)) for q, k in model.shapes(*lengths)]
         slopes, found = jax.jit(jax.grad(moved, has_aux=True))(zeros)
-        return [
-            np.maximum(np.asarray(maps * slope), 0).mean(axis=0)
-            for maps, slope in zip(found, slopes, strict=True)
-        ]
+        return jax.tree.map(np.asarray, (found, slopes))
+
+
+def fused_maps(model, target):
+    """Equation 5."""
+    return [
+        np.maximum(maps * slope, 0).mean(axis=0)
+        for maps, slope in zip(*maps_and_slopes(model, target), strict=True)
+    ]
 
 
 MODELS = {
@@ -192,6 +219,12 @@ MODELS = {
 }
 
 
+def of_both(model, scores):
+    """Of the explained sequence, and of the other; the one that attends first leads."""
+    first, second = scores.values()
+    return (second, first) if isinstance(model, EncoderDecoder) else (first, second)
+
+
 def query_of(model):
     return 0 if isinstance(model, CoAttention) else -1
 
@@ -203,15 +236,7 @@ def test_the_papers_rules(name):
     explain = xv.attention_relevance(model, query=query_of(model))
     found = jax.jit(partial(explain, target=1))(x, y)
     own, other = model.relevance(fused_maps(model, 1))
-    assert len(found.scores) == 2
-    by_length = {len(scores): scores for scores in found.scores.values()}
-    if len(by_length) == 1:
-        # The sequence that attends first is the first.
-        first, second = found.scores.values()
-        if isinstance(model, EncoderDecoder):
-            first, second = second, first
-    else:
-        first, second = by_length[model.own], by_length[model.other]
+    first, second = of_both(model, found.scores)
     np.testing.assert_allclose(first, own, rtol=2e-5, atol=1e-6)
     np.testing.assert_allclose(second, other, rtol=2e-5, atol=1e-6)
     assert second.max() > 1e-3
@@ -378,7 +403,7 @@ def test_refusals(model, options, said):
 def test_methods_for_one_sequence_refuse_several_of_one_length():
     cross = lambda x, y: attend(cast(weights(1), x), x, y)[0]
     with pytest.raises(ValueError, match="'attention' attends from one sequence"):
-        jax.eval_shape(xv.attention_rollout(cross), X, X)
+        jax.eval_shape(xv.raw_attention(cross), X, X)
     plain = lambda x: attend(cast(weights(1), x), x, x)[0]
     with pytest.raises(ValueError, match="for a model of one"):
         jax.eval_shape(xv.attention_relevance(plain, query={"attention": 0}), X)

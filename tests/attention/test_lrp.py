@@ -169,8 +169,11 @@ def test_cross_attention(method):
         found = jax.jit(lambda x, y: explain(x, y, target=target))(x, source)
     rules, parts = Rules(method is xv.cp_lrp), (Part(x), Part(source))
 
+    def attend(x, y, w, seen):
+        return rules.norm(rules.add(x, rules.attend(x, y, w, 2, seen)))
+
     def layer(x, y, w, seen):
-        normed = rules.norm(rules.add(x, rules.attend(x, y, w, 2, seen)))
+        normed = attend(x, y, w, seen)
         return rules.add(normed, rules.curved(normed, np.tanh))
 
     h, memory = parts
@@ -178,7 +181,7 @@ def test_cross_attention(method):
     for w in model.encoder:
         memory = layer(memory, memory, w["own"], seen)
     for w in model.decoder:
-        h = layer(h, h, w["own"], np.tril(np.ones((model.own, model.own), bool)))
+        h = attend(h, h, w["own"], np.tril(np.ones((model.own, model.own), bool)))
         h = layer(h, memory, w["cross"], seen)
     logits = rules.linear(rules.row(h, -1), CROSS_HEAD)
     rules.explain(logits, target)

@@ -10,10 +10,11 @@ from xviz_jax import attribution
 from xviz_jax.attention import layers, masking, queries, rows, stack
 from xviz_jax.attention.fusion import Fusion
 from xviz_jax.attribution import Attribution, Target
+from xviz_jax.tracing.site import positions
 
 
 def attention_grad_cam(
-    model: Callable, *, query: queries.Query = 0, layer: int = -1
+    model: Callable, *, query: queries.Query = 0, layer: int | str = -1
 ) -> Callable[..., Attribution]:
     """One layer's attention, its heads weighed by their gradients as in Grad-CAM.
 
@@ -27,13 +28,15 @@ def attention_grad_cam(
 
     Args:
       model: Maps one example to logits; any JAX function, with its attention found
-        by tracing. Self-attention over one sequence.
+        by tracing. One sequence, unless `layer` is a name.
       query: The position the class is read from: 0 for a class token, -1 for the
         last token of a decoder. May be traced. `pooled` for the rows that the
         output reads, found by tracing, with their weights, for another forward pass;
         `mean` for all rows, averaged, padding's left out; or weights of rows, float
         `[length]`.
-      layer: Which layer, in the order they run; -1 is the last.
+      layer: Which layer, in the order they run; -1 is the last. Or the name of an
+        attention site of any model, as for `raw_attention`: from one sequence to
+        another too. `query` is then a position or weights of its rows.
 
     Returns:
       `explain(*args, target=None, key=None) -> Attribution`, with one score for
@@ -53,14 +56,18 @@ def attention_grad_cam(
         def scalar(logits: jax.Array) -> jax.Array:
             return attribution.explained(attribution.hold(target, logits), logits)
 
-        logits, found = layers.capture(model, args, scalar)
-        one = stack.pick(found, layer)
+        if isinstance(layer, str):
+            logits, one = layers.capture_named(model, args, layer, scalar)
+            share = queries.of_named(query, positions(one.site)[0])
+        else:
+            logits, found = layers.capture(model, args, scalar)
+            one = stack.pick(found, layer)
+            start = queries.resolve(query, found, model, args)
+            share = queries.row_weights(start, one.site.shape[-1])
         seen = masking.attended([one]).astype(jnp.float32)
-        start = queries.resolve(query, found, model, args)
-        share = queries.row_weights(start, one.site.shape[-1])
         weights = _mean_gradients(one.values, share, seen / jnp.sum(seen))
         fusion = Fusion("weighted", head_weights=weights / len(weights))
-        row = rows.propagate([one], start, fusion, residual=0.0)
+        row = rows.through(one, share, fusion)
         return Attribution(scores=jax.nn.relu(row), output=scalar(logits))
 
     return explain

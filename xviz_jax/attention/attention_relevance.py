@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from xviz_jax import attribution
-from xviz_jax.attention import co_attention, layers, queries, rows, stack
+from xviz_jax.attention import co_attention, joint, layers, queries, rows, stack
 from xviz_jax.attention.attention_rollout import Heads, check_heads
 from xviz_jax.attention.fusion import Fusion
 from xviz_jax.attention.sites import readable, self_attention
@@ -38,8 +38,8 @@ def attention_relevance(
     square. Computes in float32.
 
     With cross-attention, as of an encoder and a decoder or of a text and an image, one
-    relevance is kept for each pair of sequences. Here all maps are held, and memory
-    grows with their squares. Tracing tells the sequences apart by following
+    relevance is kept for each pair of sequences, and memory grows with their squares.
+    Tracing tells the sequences apart by following
     positions to the arrays in which they began. Attention that reads a sequence as it
     was before a layer beside it, as in co-attention, takes relevance of before.
 
@@ -88,28 +88,25 @@ def attention_relevance(
             return attribution.explained(attribution.hold(target, logits), logits)
 
         program = trace(model, args, {})
+        fusion = Fusion(heads, "relu_gradient_x_attention")
         found = several(program, readable(program.sites), streams)
         if found is not None:
             if heads != "mean":
                 raise ValueError(
                     f"`heads` of several sequences are fused by 'mean', got {heads!r}"
                 )
-            logits, scores, diagnostics = co_attention.relevance(
-                program, found, scalar, query, start_layer
-            )
+            walk = joint.read(program, found, query, fusion, scalar, start_layer)
+            scores = co_attention.relevance(walk, fusion)
             return Attribution(
-                scores=scores, output=scalar(logits), diagnostics=diagnostics
+                scores=scores,
+                output=scalar(walk.output),
+                diagnostics=joint.diagnostics(walk, scores),
             )
-        if isinstance(query, Mapping):
-            raise ValueError(
-                f"`query` names a sequence where there are several, got {query!r} for "
-                "a model of one"
-            )
+        asked = joint.of_one(query)
         sites = self_attention(program.sites)
-        fusion = Fusion(heads, "relu_gradient_x_attention")
-        keep = fusion.inside(query)
+        keep = fusion.inside(asked)
         logits, read = layers.capture_of(program, sites, scalar, keep=keep)
-        start = queries.resolve(query, read, model, args)
+        start = queries.resolve(asked, read, model, args)
         row = rows.propagate(
             stack.since(read, start_layer),
             start,

@@ -1,15 +1,18 @@
 """Attention rollout (Abnar and Zuidema, 2020, arXiv 2005.00928)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from xviz_jax import attribution
-from xviz_jax.attention import layers, queries, rows, stack
+from xviz_jax.attention import joint, layers, queries, rows, stack
 from xviz_jax.attention.fusion import Fusion
+from xviz_jax.attention.sites import readable, self_attention
+from xviz_jax.attention.streams import Naming, several
 from xviz_jax.attribution import Attribution, Target
+from xviz_jax.tracing.program import trace
 
 Heads = Literal["mean", "max", "min"]
 Convention = Literal["abnar2020", "chefer2021", "vit_explain"]
@@ -24,13 +27,14 @@ _CONVENTIONS: dict[str, tuple[Literal["add"] | float, float]] = {
 def attention_rollout(
     model: Callable,
     *,
-    query: queries.Query | None = 0,
+    query: joint.Query = 0,
     heads: Heads | jax.Array = "mean",
     residual: Literal["add"] | float | None = None,
     discard_ratio: float | None = None,
     start_layer: int = 0,
     exclude_self: bool = False,
     convention: Convention = "abnar2020",
+    streams: Naming | None = None,
 ) -> Callable[..., Attribution]:
     """Follows attention from one position down to the input, through every layer.
 
@@ -44,15 +48,21 @@ def attention_rollout(
     and not with its square, whatever the model's own attention does. Computes in
     float32.
 
+    With cross-attention, as of an encoder and a decoder or of a text and an image, the
+    positions of all sequences are followed as one: a layer mixes the row of a query
+    with those of the keys that it reads, whichever sequence they are of. Tracing tells
+    the sequences apart by following positions to the arrays in which they began.
+
     Args:
       model: Maps one example to logits; any JAX function, with its attention found
-        by tracing. One sequence, one example.
+        by tracing.
       query: The position that is explained: 0 for a class token, -1 for the last
         token of a decoder. May be traced. `pooled` for the rows that the
         output reads, found by tracing, with their weights, for another forward pass;
         `mean` for all rows, averaged, padding's left out; or weights of rows, float
         `[length]`. None for all of them, padding's zero, in memory that grows with the
-        square of the length.
+        square of the length. Where the output is read from several sequences, any of
+        these for one of them, by its name: `{name: position}`.
       heads: How heads are fused: `mean`, `max`, `min`, or weights of heads, float
         `[heads]`. Rows that no longer sum to one are normalised after the residual is
         added.
@@ -69,11 +79,15 @@ def attention_rollout(
         for images, `add` and nothing; `vit_explain`, 0.5 and 0.9, of
         github.com/jacobgil/vit-explain, but with rows divided by row sums, not
         columns, and no entry spared.
+      streams: Names the sequences, if tracing cannot tell them apart: of each
+        attention site, by its name, those of its queries and of its keys.
 
     Returns:
       `explain(*args, target=None, key=None) -> Attribution`, with one score for
       each position, non-negative, `[length]` or, of all queries, `[length, length]`;
-      and these diagnostics, of each query:
+      for several sequences a dict of these by the name in `streams`, or else of the
+      first attention site whose queries run over it (`NAME/key` if only keys of the
+      site NAME do). Diagnostics, of each query:
 
       - `mass`: sum of the scores, 1 but for rounding, unless the residual is `add` or
         the row is padding's;
@@ -81,10 +95,13 @@ def attention_rollout(
         excluded, which the residual makes large; of several, by their weights.
 
     Raises:
-      ValueError: If the model has no self-attention over one sequence, or attention
-        that is not understood, or an option does not fit.
+      ValueError: If the model has no attention, or some that is not understood; if
+        its sequences cannot be told apart, with the name of the site; if an option
+        does not fit.
 
-    Source: equations 1 and 2 of the paper; rows are queries.
+    Source: equations 1 and 2 of the paper; rows are queries. For several sequences,
+    section 3 of Ferrando et al., 2022 (arXiv 2205.11631), with attention in place of
+    its contributions.
     """
     if convention not in _CONVENTIONS:
         raise ValueError(
@@ -102,33 +119,53 @@ def attention_rollout(
         "residual": kept if kept == "add" else float(kept),
         "normalize": kept != "add",
     }
+    if exclude_self:
+        _check_one_position(query)
 
     def explain(*args: Any, target: Target = None, key: Any = None) -> Attribution:
         del key
-        logits, found = layers.capture(model, args, keep=fusion.inside(query))
-        _check_weights(fusion, found)
-        start = None if query is None else queries.resolve(query, found, model, args)
-        found = stack.since(found, start_layer)
-        if start is None:
-            scores = rows.product(found, fusion, **options)
-            own = jnp.eye(len(scores))
+        program = trace(model, args, {})
+        found = several(program, readable(program.sites), streams)
+        if found is not None:
+            walk = joint.read(program, found, query, fusion, start_layer=start_layer)
+            _check_weights(fusion, [step.layer for step in walk.steps])
+            scores = joint.propagate(walk, fusion, **options)
+            logits, explained, own = walk.output, walk.stream, walk.start
         else:
-            scores = rows.propagate(found, start, fusion, **options)
-            own = queries.row_weights(start, len(scores))
-        self_share = jnp.sum(scores * own, axis=-1)
+            asked, explained = joint.of_one(query), ""
+            sites = self_attention(program.sites)
+            keep = fusion.inside(asked)
+            logits, read = layers.capture_of(program, sites, keep=keep)
+            _check_weights(fusion, read)
+            kept_layers = stack.since(read, start_layer)
+            if asked is None:
+                row = rows.product(kept_layers, fusion, **options)
+                own = jnp.eye(len(row))
+            else:
+                start = queries.resolve(asked, read, model, args)
+                row = rows.propagate(kept_layers, start, fusion, **options)
+                own = queries.row_weights(start, len(row))
+            scores = {"": row}
+        self_share = jnp.sum(scores[explained] * own, axis=-1)
         if exclude_self:
-            if start is not None and jnp.ndim(start) == 1:
-                raise ValueError("`exclude_self` needs one position, got several")
-            scores = jnp.where(own > 0, 0, scores)
-            total = jnp.sum(scores, axis=-1, keepdims=True)
-            scores = scores / jnp.where(total == 0, 1, total)
+            scores[explained] = jnp.where(own > 0, 0, scores[explained])
+            total = joint.mass(scores)[..., None]
+            total = jnp.where(total == 0, 1, total)
+            scores = {name: each / total for name, each in scores.items()}
         return Attribution(
-            scores=scores,
+            scores=scores if found is not None else scores[""],
             output=attribution.explained(attribution.hold(target, logits), logits),
-            diagnostics={"mass": jnp.sum(scores, axis=-1), "self_share": self_share},
+            diagnostics={"mass": joint.mass(scores), "self_share": self_share},
         )
 
     return explain
+
+
+def _check_one_position(query: joint.Query) -> None:
+    asked = query.values() if isinstance(query, Mapping) else (query,)
+    for each in asked:
+        if isinstance(each, str) or (each is not None and jnp.ndim(each) == 1):
+            raise ValueError("`exclude_self` needs one position, got several")
 
 
 def _fusion(heads: Heads | jax.Array, discard_ratio: float) -> Fusion:

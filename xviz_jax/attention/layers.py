@@ -4,18 +4,20 @@ A layer is kept as queries and keys, from which its map is made again tile by ti
 unless the map is small, or is more than a softmax of their product.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from xviz_jax.attention.sites import of_one_sequence, self_attention
-from xviz_jax.attention.stack import Layer, in_order, is_chunked
+from xviz_jax.attention.sites import named, of_one_sequence
+from xviz_jax.attention.stack import Layer, in_order, is_chunked, pick
 from xviz_jax.tracing import Site, blocks
-from xviz_jax.tracing.program import Program, trace
-from xviz_jax.tracing.transforms import read, read_cotangents
+from xviz_jax.tracing.activation import ActivationValues, block_input
+from xviz_jax.tracing.program import Located, Program, trace
+from xviz_jax.tracing.transforms import Keep, read, read_cotangents
 from xviz_jax.tracing.values import AttentionValues
 
 # A map of this size is read as the model made it: it fits a cache, and making it
@@ -88,35 +90,115 @@ def capture_of(
         }
         output, found = read(program, wanted, once=True, keep=inside)
     else:
-        wanted = {
-            site.name: ("value", *(_TILED if _is_tiled(site, sites) else _DENSE))
-            for site in sites
-        }
-        entries = _streams(program.sites, sites) if streams else {}
-        wanted |= {site.name: ("activation",) for site in entries.values()}
-        output, found = read_cotangents(program, scalar, wanted, once=True, keep=inside)
-        for name, site in entries.items():
-            own = found.pop(site.name)
-            for kind in ("activation", "output_cotangent"):
-                ending = kind.removeprefix("activation").removeprefix("output")
-                found[name][f"stream{ending}"] = sequence(site, own[kind])
+        entries = _streams(program, sites) if streams else {}
+        output, found = _backward(program, sites, scalar, entries, inside)
     return output, in_order(sites, found)
 
 
-def capture_own(
+def _backward(
+    program: Program,
+    sites: Sequence[Site],
+    scalar: Callable[[jax.Array], jax.Array],
+    entries: Mapping[str, Located],
+    inside: Mapping[str, Keep] | None = None,
+) -> tuple[jax.Array, dict[str, dict[str, jax.Array]]]:
+    """What is read of sites with gradients, and of the streams beside some of them."""
+    wanted: dict[str, Sequence[str]] = {
+        site.name: ("value", *(_TILED if _is_tiled(site, sites) else _DENSE))
+        for site in sites
+    }
+    wanted |= {entry.site.name: ("activation",) for entry in entries.values()}
+    output, found = read_cotangents(program, scalar, wanted, once=True, keep=inside)
+    for name, entry in entries.items():
+        own = found.pop(entry.site.name)
+        found.setdefault(name, {}).update(
+            stream=sequence(entry.site, own["activation"]),
+            stream_cotangent=sequence(entry.site, own["output_cotangent"]),
+        )
+    return output, found
+
+
+def capture_named(
     model: Callable,
     args: Sequence[Any],
-    scalar: Callable[[jax.Array, jax.Array], jax.Array],
-    last: str | None = None,
-) -> tuple[jax.Array, list[Layer]]:
-    """Runs a model and reads its self-attention, with each layer's own gradient.
+    name: str,
+    scalar: Callable[[jax.Array], jax.Array] | None = None,
+) -> tuple[jax.Array, Layer]:
+    """Runs a model and reads one layer, whichever sequences it joins.
 
     Args:
       model: Maps one example to logits.
       args: Its positional arguments.
-      scalar: Maps what the model says if a layer were its last, and what it says, to
-        what is explained. Its gradient at the layer's attention is read.
-      last: As in `tracing.blocks.cut`.
+      name: Of the layer's site; of a loop's, its last turn is taken.
+      scalar: As for `capture`.
+
+    Raises:
+      ValueError: If no attention has that name, or some is not understood.
+    """
+    program = trace(model, tuple(args), {})
+    output, found = capture_of(program, [named(program.sites, name)], scalar)
+    return output, pick(found, -1)
+
+
+def capture_tokens(
+    program: Program,
+    sequences: Mapping[str, Sequence[Site]],
+    scalar: Callable[[jax.Array], jax.Array],
+    last: Mapping[str, str],
+    keys: Mapping[str, str],
+) -> tuple[jax.Array, list[Layer], dict[str, dict[str, jax.Array]]]:
+    """Reads attention and the residual streams of all sequences, to their ends.
+
+    Args:
+      program: A traced model.
+      sequences: Of each sequence, by its name, the sites whose queries run over it.
+      scalar: As for `capture`.
+      last: As for `capture_own`.
+      keys: As for `cut`.
+
+    Returns:
+      As `capture` with `streams`; and of each sequence what leaves its last layer, as
+      `stream` and `stream_cotangent`, where that was found.
+    """
+    ends = {}
+    for name, sites in sequences.items():
+        own = {n: b.site.name for n, b in _streams(program, sites).items()}
+        atom = blocks.ending(program, own, last.get(name), keys)
+        if atom is not None:
+            end = Site(_end(name), "named", values=("activation",))
+            values = ActivationValues(program.graph, atom)
+            ends[end.name] = Located(end, program.graph.root, values)
+    longer = dataclasses.replace(program, located=(*program.located, *ends.values()))
+    every = {site.name for sites in sequences.values() for site in sites}
+    sites = [site for site in program.sites if site.name in every]
+    entries = _streams(program, sites) | ends
+    output, found = _backward(longer, sites, scalar, entries)
+    tokens = {name: found.pop(_end(name), {}) for name in sequences}
+    return output, in_order(sites, found), tokens
+
+
+def _end(name: str) -> str:
+    """Of a sequence; no site has such a name."""
+    return f"(last) {name}"
+
+
+def capture_own(
+    program: Program,
+    sequences: Mapping[str, Sequence[Site]],
+    scalar: Callable[[jax.Array, jax.Array], jax.Array],
+    last: Mapping[str, str],
+    keys: Mapping[str, str] | None = None,
+) -> tuple[jax.Array, list[Layer]]:
+    """Reads attention, with each layer's own gradient.
+
+    Args:
+      program: A traced model.
+      sequences: Of each sequence, by its name, the sites whose queries run over it.
+      scalar: Maps what the model says if a layer were the last of its sequence, and
+        what it says, to what is explained. Its gradient at the layer's attention is
+        read.
+      last: For the name of a sequence, `last` of `tracing.blocks.cut`.
+      keys: As for `cut`.
 
     Returns:
       As `capture`.
@@ -124,81 +206,72 @@ def capture_own(
     Raises:
       ValueError: As `cut`.
     """
-    program = trace(model, tuple(args), {})
-    sites = self_attention(program.sites)
-    single = len(sites) == 1 and not sites[0].loops
-    wanted = {
-        site.name: ("value", *(_TILED if _is_tiled(site, sites) else _DENSE))
-        for site in sites
-    }
-    apart = cut(program, sites, last, needs_last=not single)
-    output, found = blocks.read_own_cotangents(apart, scalar, wanted)
-    return output, in_order(sites, found)
+    every = [site for sites in sequences.values() for site in sites]
+    output, found = None, {}
+    for name, sites in sequences.items():
+        single = len(sites) == 1 and not sites[0].loops
+        wanted = {
+            site.name: ("value", *(_TILED if _is_tiled(site, every) else _DENSE))
+            for site in sites
+        }
+        apart = cut(program, sites, last.get(name), keys, needs_last=not single)
+        output, own = blocks.read_own_cotangents(apart, scalar, wanted)
+        found |= own
+    assert output is not None
+    ordered = [site for site in program.sites if site.name in found]
+    return output, in_order(ordered, found)
 
 
 def cut(
     program: Program,
     sites: Sequence[Site],
     last: str | None = None,
+    keys: Mapping[str, str] | None = None,
     *,
     needs_last: bool = True,
 ) -> blocks.Blocks:
-    """Cuts a model between its layers, as `tracing.blocks.cut`.
+    """Cuts a model between the layers of a sequence, as `tracing.blocks.cut`.
+
+    Args:
+      program: A traced model.
+      sites: The attention whose queries run over the sequence.
+      last: As there.
+      keys: Of each of these sites, by its name, the sequence of its keys, if there are
+        several.
+      needs_last: As there.
 
     Raises:
       ValueError: As there; and if a layer has no residual stream.
     """
-    entries = {n: site.name for n, site in _streams(program.sites, sites).items()}
-    return blocks.cut(program, entries, last, needs_last=needs_last)
+    entries = {n: each.site.name for n, each in _streams(program, sites).items()}
+    return blocks.cut(program, entries, last, needs_last=needs_last, kinds=keys)
 
 
-def _streams(sites: Sequence[Site], layers: Sequence[Site]) -> dict[str, Site]:
-    """The block that each layer of attention lies in, by the layer's name."""
-    found = {}
+def _streams(program: Program, layers: Sequence[Site]) -> dict[str, Located]:
+    """The residual stream that each layer of attention is added to, by its name."""
+    located = {each.site.name: each for each in program.located}
+    blocks = {
+        each.values.atom: each
+        for each in program.located
+        if each.site.kind == "block" and isinstance(each.values, ActivationValues)
+    }
+    found: dict[str, Located] = {}
     for layer in layers:
-        before = [
-            site
-            for site in sites
-            if site.order[:-1] == layer.order[:-1] and site.order < layer.order
-        ]
-        blocks = [site for site in before if site.kind == "block"]
-        others = [site for site in before if site.kind == "attention"]
-        if not blocks or (others and others[-1].order > blocks[-1].order):
+        values, stream = located[layer.name].values, None
+        if isinstance(values, AttentionValues):
+            stream = block_input(program.graph, values)
+        block = blocks.get(stream) if stream is not None else None
+        if block is None or block in found.values():
             raise ValueError(
                 f"no residual stream was found that {layer.name!r} is added to"
             )
-        found[layer.name] = blocks[-1]
+        found[layer.name] = block
     return found
 
 
 def sequence(site: Site, array: jax.Array) -> jax.Array:
     """A stream `[*loops, length, features]`, without a batch of one."""
     return array.reshape(*site.loops, *array.shape[-2:])
-
-
-def capture_maps(
-    program: Program,
-    sites: Sequence[Site],
-    scalar: Callable[[jax.Array], jax.Array],
-) -> tuple[jax.Array, list[Layer]]:
-    """Reads all maps and their gradients, whatever their size.
-
-    Args:
-      program: A traced model.
-      sites: As `readable` gives them.
-      scalar: As for `capture`.
-
-    Returns:
-      As `capture`.
-    """
-    for site in sites:
-        if "probabilities" not in site.values:
-            raise ValueError(
-                f"the probabilities of {site.name!r} cannot be read: {site.why}"
-            )
-    wanted = {site.name: ("value", "probabilities") for site in sites}
-    output, found = read_cotangents(program, scalar, wanted, once=True)
-    return output, in_order(sites, found)
 
 
 def _is_tiled(site: Site, sites: Sequence[Site]) -> bool:

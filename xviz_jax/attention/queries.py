@@ -83,6 +83,20 @@ def weights_of_rows(query: int | jax.Array, length: int) -> jax.Array:
     return weights.astype(jnp.float32)
 
 
+def of_named(query: Query, length: int) -> jax.Array:
+    """What is asked of one layer that was named, as weights of its rows.
+
+    Raises:
+      ValueError: If it is no position and no weights.
+    """
+    if isinstance(query, str):
+        raise ValueError(
+            f"`query` of a named layer is a position or weights of rows, got {query!r}"
+        )
+    weighed = jnp.ndim(query) == 1
+    return (weights_of_rows if weighed else one_hot)(query, length)
+
+
 def uniform(layers: Sequence[Layer]) -> jax.Array:
     """Equal weights of all rows but padding's, float32 `[length]`."""
     seen = attended(layers).astype(jnp.float32)

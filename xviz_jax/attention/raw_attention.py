@@ -10,9 +10,7 @@ from xviz_jax import attribution
 from xviz_jax.attention import layers, queries, rows, stack
 from xviz_jax.attention.attention_rollout import Heads, check_heads
 from xviz_jax.attention.fusion import Fusion
-from xviz_jax.attention.sites import readable
 from xviz_jax.attribution import Attribution, Target
-from xviz_jax.tracing.program import trace
 from xviz_jax.tracing.site import positions
 
 
@@ -42,8 +40,8 @@ def raw_attention(
         averaged, padding's left out; or weights of rows, float `[length]`.
       layer: Which layer, in the order they run; -1 is the last. Or the name of an
         attention site, as `tracing.sites` and `xviz-jax doctor` list them, of any
-        model: from one sequence to another too. Of a loop's the last turn. Its map is
-        then held, heads fused; `query` is a position or weights of its rows.
+        model: from one sequence to another too. Of a loop's the last turn. `query` is
+        then a position or weights of its rows.
       head: Which head; None for all of them.
       heads: How they are then fused: `mean`, `max` or `min`.
 
@@ -71,8 +69,9 @@ def raw_attention(
     def explain(*args: Any, target: Target = None, key: Any = None) -> Attribution:
         del key
         if isinstance(layer, str):
-            logits, one = _named(model, args, layer)
-            row = _row(one, query, _fusion(one, head, heads))
+            logits, one = layers.capture_named(model, args, layer)
+            start = queries.of_named(query, positions(one.site)[0])
+            row = rows.through(one, start, _fusion(one, head, heads))
             diagnostics = {"mass": jnp.sum(row)}
         else:
             logits, found = layers.capture(model, args)
@@ -87,29 +86,6 @@ def raw_attention(
         )
 
     return explain
-
-
-def _named(model: Callable, args: Any, name: str) -> tuple[jax.Array, stack.Layer]:
-    """What the model says, and the layer of a site, whichever sequences it joins."""
-    program = trace(model, tuple(args), {})
-    sites = readable(program.sites)
-    chosen = [site for site in sites if site.name == name]
-    if not chosen:
-        known = [site.name for site in sites]
-        raise ValueError(f"no attention is named {name!r}; there are {known}")
-    logits, found = layers.capture_of(program, chosen)
-    return logits, stack.pick(found, -1)
-
-
-def _row(layer: stack.Layer, query: queries.Query, fusion: Fusion) -> jax.Array:
-    if isinstance(query, str):
-        raise ValueError(
-            f"`query` of a named layer is a position or weights of rows, got {query!r}"
-        )
-    length, _ = positions(layer.site)
-    weighed = jnp.ndim(query) == 1
-    start = (queries.weights_of_rows if weighed else queries.one_hot)(query, length)
-    return jnp.matmul(start, rows.matrix(layer, fusion), precision="highest")
 
 
 def _fusion(layer: stack.Layer, head: int | None, heads: Heads) -> Fusion:

@@ -9,11 +9,14 @@ import jax.numpy as jnp
 from xviz_jax.attention.fusion import Fusion
 from xviz_jax.attention.masking import attended
 from xviz_jax.attention.operands import SINGLE, scoring, stacks_of
-from xviz_jax.attention.queries import one_hot
+from xviz_jax.attention.queries import one_hot, row_weights
 from xviz_jax.attention.stack import Layer
+from xviz_jax.kernels.attention_col_product import attention_col_product
 from xviz_jax.kernels.attention_fused_matrix import attention_fused_matrix
 from xviz_jax.kernels.attention_fused_quantile import attention_fused_quantile
+from xviz_jax.kernels.attention_row_product import attention_row_product
 from xviz_jax.kernels.rollout_rows import rollout_rows
+from xviz_jax.tracing.site import positions
 
 
 def propagate(
@@ -67,15 +70,16 @@ def each(layers: Sequence[Layer], query: int | jax.Array, fusion: Fusion) -> jax
     """The same row, or weighted sum of rows, of every layer by itself.
 
     Args:
-      layers: As `capture` gives them, at least one.
+      layers: As `capture` gives them, at least one, over the same sequences.
       query: As for `propagate`.
       fusion: How heads are fused.
 
     Returns:
-      Rows of the fused matrices, first layer first, float32 `[depth, length]`.
+      Rows of the fused matrices, first layer first, float32 `[depth, keys]`.
     """
-    one = lambda layer: propagate([layer], query, fusion, residual=0.0)
-    return jnp.concatenate(apart(layers, one))
+    queries, _ = positions(layers[0].site)
+    share = row_weights(query, queries)
+    return jnp.concatenate(apart(layers, lambda layer: through(layer, share, fusion)))
 
 
 def apart(layers: Sequence[Layer], function: Callable[[Layer], Any]) -> list[Any]:
@@ -157,7 +161,7 @@ def _mixed(
     layer: Layer, fusion: Fusion, residual: Literal["add"] | float, normalize: bool
 ) -> jax.Array:
     """The fused map of one layer with its share of the identity."""
-    kept, mixed = _shares(residual)
+    kept, mixed = shares(residual)
     identity = jnp.eye(layer.site.shape[-1], dtype=jnp.float32)
     step = kept * identity + mixed * matrix(layer, fusion)
     if normalize and not fusion.keeps_sums:
@@ -177,7 +181,7 @@ def split(layer: Layer) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     return own, {n: a[0] for n, a in layer.values.items() if n not in own}
 
 
-def _shares(residual: Literal["add"] | float) -> tuple[float, float]:
+def shares(residual: Literal["add"] | float) -> tuple[float, float]:
     """Of the identity and of attention."""
     return (1.0, 1.0) if residual == "add" else (residual, 1 - residual)
 
@@ -186,13 +190,35 @@ def matrix(layer: Layer, fusion: Fusion) -> jax.Array:
     """The fused map of one layer, float32 `[query, key]`."""
     if _is_at_hand(layer):
         return fusion.of_layer(layer.values)
+    return attention_fused_matrix(**_operands(layer, fusion))[0]
+
+
+def through(layer: Layer, row: jax.Array, fusion: Fusion) -> jax.Array:
+    """Rows `[..., query]` times the fused map of one layer, float32 `[..., key]`."""
+    if _is_at_hand(layer):
+        return jnp.matmul(row, fusion.of_layer(layer.values), precision="highest")
+    own = row.reshape(1, -1, row.shape[-1])
+    found = attention_row_product(own, **_operands(layer, fusion))
+    return found.reshape(*row.shape[:-1], -1)
+
+
+def sums(layer: Layer, fusion: Fusion) -> jax.Array:
+    """Of each row of the fused map of one layer, float32 `[query]`."""
+    if _is_at_hand(layer):
+        return jnp.sum(fusion.of_layer(layer.values), axis=-1)
+    ones = jnp.ones((1, 1, layer.site.shape[-1]), jnp.float32)
+    return attention_col_product(ones, **_operands(layer, fusion))[0, 0]
+
+
+def _operands(layer: Layer, fusion: Fusion) -> dict[str, Any]:
+    """What kernels of one layer take of it."""
     options = {SINGLE[n]: stack[0] for n, stack in stacks_of(layer, fusion).items()}
     options |= scoring(layer)
     options |= {"relevance": fusion.relevance, "head_fusion": fusion.heads}
     if fusion.discard_ratio:
         ratio = fusion.discard_ratio
         options["threshold"] = attention_fused_quantile(ratio=ratio, **options)
-    return attention_fused_matrix(**options)[0]
+    return options
 
 
 def _dense(
@@ -210,7 +236,7 @@ def _dense(
             {n: array[turn if len(array) > 1 else 0] for n, array in arrays.items()}
             for turn in range(layer.count)
         ]
-    kept, mixed = _shares(residual)
+    kept, mixed = shares(residual)
     for values in reversed(turns):
         fused = fusion.of_layer(values)
         if normalize:

@@ -61,6 +61,18 @@ def readable(sites: Sequence[Site]) -> tuple[Site, ...]:
     return found
 
 
+def named(sites: Sequence[Site], name: str) -> Site:
+    """The site of attention of that name.
+
+    Raises:
+      ValueError: As `readable`; and if there is none.
+    """
+    found = {site.name: site for site in readable(sites)}
+    if name not in found:
+        raise ValueError(f"no attention is named {name!r}; there are {list(found)}")
+    return found[name]
+
+
 def _check(site: Site) -> None:
     if "probabilities" not in site.values and site.scale is None:
         raise ValueError(

@@ -30,6 +30,19 @@ class Streams:
     read: tuple[str, ...]
     runs: dict[tuple[str, str], Run]
 
+    @property
+    def keys(self) -> dict[str, str]:
+        """Of each site, by its name, the sequence of its keys."""
+        return {name: key for name, (_, key) in self.of.items()}
+
+    def by_queries(self, sites: Sequence[Site]) -> dict[str, list[Site]]:
+        """Of each sequence that queries run over, their sites."""
+        found: dict[str, list[Site]] = {}
+        for site in sites:
+            query, _ = self.of[site.joins or site.name]
+            found.setdefault(query, []).append(site)
+        return found
+
 
 def crossing(program: Program, sites: Sequence[Site]) -> Site | None:
     """The first site whose queries and keys surely run over two sequences."""

@@ -5,14 +5,17 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from xviz_jax import attribution, chunks
 from xviz_jax.attention import layers, masking, queries, stack
-from xviz_jax.attention.sites import self_attention
+from xviz_jax.attention.sites import named, readable, self_attention
+from xviz_jax.attention.streams import Naming, Streams, several
 from xviz_jax.attribution import Attribution, Target
 from xviz_jax.tracing import Site
 from xviz_jax.tracing.blocks import LAST, Blocks, Leaving
-from xviz_jax.tracing.program import trace
+from xviz_jax.tracing.program import Program, trace
+from xviz_jax.tracing.site import positions
 from xviz_jax.tracing.transforms import read
 
 Distance = Literal["cosine", "euclidean"]
@@ -22,11 +25,12 @@ def value_zeroing(
     model: Callable,
     *,
     query: queries.Query | None = 0,
-    layer: int | None = None,
+    layer: int | str | None = None,
     start_layer: int = 0,
     distance: Distance = "cosine",
     chunk: int = 16,
     last: str | None = None,
+    streams: Naming | None = None,
 ) -> Callable[..., Attribution]:
     """How much each position changes when a layer reads nothing from another.
 
@@ -42,19 +46,25 @@ def value_zeroing(
 
     Args:
       model: Maps one example to logits; any JAX function, with its attention and
-        residual streams found by tracing. One sequence, one example.
+        residual streams found by tracing. One sequence, unless `layer` is a name:
+        through a residual connection beside attention to another sequence nothing says
+        how much is passed on, and such layers are not multiplied.
       query: The position that is explained: 0 for a class token, -1 for the last
         token of a decoder. May be traced. Weights of rows, float `[length]`, `mean` or
         `pooled` as for `attention_rollout`, for another forward pass. None for all
         of them, padding's zero.
-      layer: Scores of this layer alone, in the order they run; -1 is the last. None
-        to multiply all.
+      layer: Scores of this layer alone, in the order they run; -1 is the last. Or the
+        name of an attention site of any model, as for `raw_attention`: from one
+        sequence to another too. None to multiply all.
       start_layer: The first layer taken along where they are multiplied.
       distance: `cosine`, the paper's, 1 less the cosine; or `euclidean`.
       chunk: How many positions are zeroed at once.
       last: The name, given by `jax.ad_checkpoint.checkpoint_name`, of what the last
         layer returns. None to find it by tracing: what a loop over layers ends with,
         or where layers that are written out stop repeating; a single layer does not.
+        Of a layer by name, the last one of its queries' sequence.
+      streams: Names the sequences, if tracing cannot tell them apart: of each
+        attention site, by its name, those of its queries and of its keys.
 
     Returns:
       `explain(*args, target=None, key=None) -> Attribution`, with one score for
@@ -84,9 +94,17 @@ def value_zeroing(
 
     def explain(*args: Any, target: Target = None, key: Any = None) -> Attribution:
         del key
-        logits, each, attended = _matrices(model, args, distance, chunk, last)
+        program = trace(model, args, {})
+        found = several(program, readable(program.sites), streams)
+        sites, chosen = _chosen(program, layer, found)
+        blocks = layers.cut(program, sites, last, found and found.keys)
+        logits, each, attended = _matrices(blocks, sites, chosen, distance, chunk)
+        within = found is None or len(set(found.of[chosen[0].name])) == 1
         depth, length, _ = each.shape
         number = start_layer if layer is None else layer
+        if isinstance(number, str):
+            # Of a loop's, the last turn.
+            number = -1
         least = 0 if layer is None else -depth
         if not least <= number < depth:
             name = "start_layer" if layer is None else "layer"
@@ -96,74 +114,105 @@ def value_zeroing(
             )
         taken = each[number:] if layer is None else each[number][None]
         own = jnp.eye(length, dtype=jnp.float32)
-        if isinstance(query, str):
-            _, found = layers.capture(model, args)
-            own = queries.row_weights(
-                queries.resolve(query, found, model, args), length
-            )
+        if isinstance(query, str) and not isinstance(layer, str):
+            _, read_ = layers.capture(model, args)
+            start = queries.resolve(query, read_, model, args)
+            own = queries.row_weights(start, length)
         elif query is not None:
-            row = queries.weights_of_rows if jnp.ndim(query) == 1 else queries.one_hot
-            own = row(query, length)
+            own = queries.of_named(query, length)
         scores = own
         for matrix in taken[::-1]:
             scores = jnp.matmul(scores, matrix, precision="highest")
-        if query is None:
+        if query is None and within:
             # A product, so that what is no number stays none.
             scores = scores * attended.astype(jnp.float32)[:, None]
+        diagnostics = {"mass": jnp.sum(scores, axis=-1)}
+        if within:
+            diagnostics["self_share"] = jnp.sum(scores * own, axis=-1)
+        passes = each.shape[-1] + 2 + isinstance(query, str)
         return Attribution(
             scores=scores,
             output=attribution.explained(attribution.hold(target, logits), logits),
-            diagnostics={
-                "mass": jnp.sum(scores, axis=-1),
-                "self_share": jnp.sum(scores * own, axis=-1),
-                "evaluations": jnp.int32(each.shape[-1] + 2 + isinstance(query, str)),
-            },
+            diagnostics={**diagnostics, "evaluations": jnp.int32(passes)},
         )
 
     return explain
 
 
+def _chosen(
+    program: Program, layer: int | str | None, streams: Streams | None
+) -> tuple[Sequence[Site], Sequence[Site]]:
+    """The layers of a sequence, and those of which scores are asked for."""
+    if not isinstance(layer, str):
+        if streams is not None:
+            names = [site.name for site in readable(program.sites)]
+            raise ValueError(
+                f"layers over the sequences {list(streams.lengths)} are not "
+                f"multiplied: name one as `layer`, of {names}"
+            )
+        sites = self_attention(program.sites)
+        return sites, sites
+    site = named(program.sites, layer)
+    if streams is None:
+        return self_attention(program.sites), [site]
+    query, _ = streams.of[layer]
+    return streams.by_queries(readable(program.sites))[query], [site]
+
+
 def _matrices(
-    model: Callable, args: Sequence[Any], distance: Distance, chunk: int, last: Any
+    blocks: Blocks,
+    sites: Sequence[Site],
+    chosen: Sequence[Site],
+    distance: Distance,
+    chunk: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The output, normalised scores `[depth, query, key]`, and what is no padding."""
-    program = trace(model, tuple(args), {})
-    sites = self_attention(program.sites)
-    for site in sites:
+    """Normalised scores of some layers of a sequence.
+
+    Args:
+      blocks: A program that is cut between the layers of the sequence.
+      sites: All of them.
+      chosen: Those of which scores are made, all with as many keys.
+      distance: As for `value_zeroing`.
+      chunk: As there.
+
+    Returns:
+      The output, scores `[depth, query, key]`, and which keys are no padding.
+    """
+    for site in chosen:
         if "probabilities" not in site.values:
             raise ValueError(
                 f"the probabilities of {site.name!r} cannot be read: {site.why}"
             )
-    blocks = layers.cut(program, sites, last)
-    wanted = {site.name: ("probabilities", "value") for site in sites}
+    wanted = {site.name: ("probabilities", "value") for site in chosen}
     wanted |= {entry.site.name: ("activation",) for entry in blocks.entries.values()}
-    logits, found = read(program, wanted)
+    logits, found = read(blocks.program, wanted)
     kept = {
         name: found[entry.site.name]["activation"]
         for name, entry in blocks.entries.items()
     }
     leaving = Leaving(blocks)
-    before = _in_order(blocks, sites, leaving(kept, {}))
+    before = _in_order(blocks, sites, chosen, leaving(kept, {}))
 
     def moved(position: jax.Array) -> jax.Array:
         """How far all positions move, by layer, without the values of one."""
         changes = {
             site.name: _change(site, found[site.name], position, leaving.direct)
-            for site in sites
+            for site in chosen
         }
-        after = _in_order(blocks, sites, leaving(kept, changes))
+        after = _in_order(blocks, sites, chosen, leaving(kept, changes))
         return _distance(before, after, distance)
 
-    columns = chunks.each(moved, jnp.arange(before.shape[1]), chunk)
+    keys = chosen[0].shape[-1]
+    columns = chunks.each(moved, jnp.arange(keys), chunk)
     maps = {
         site.name: {"probabilities": found[site.name]["probabilities"]}
-        for site in sites
+        for site in chosen
     }
-    ordered = stack.in_order(sites, maps)
+    ordered = stack.in_order(chosen, maps)
     # What is no number is not taken for unseen.
     seen = [
         jnp.any(layer.values["probabilities"] != 0, axis=(-4, -3)).reshape(
-            layer.length, *columns.shape[:1], -1
+            layer.length, -1, keys
         )
         for layer in ordered
     ]
@@ -187,20 +236,26 @@ def _change(
 
 
 def _in_order(
-    blocks: Blocks, sites: Sequence[Site], streams: dict[str, jax.Array]
+    blocks: Blocks,
+    sites: Sequence[Site],
+    chosen: Sequence[Site],
+    streams: dict[str, jax.Array],
 ) -> jax.Array:
-    """What leaves each layer, float32 `[depth, length, features]`."""
+    """What leaves each chosen layer, float32 `[depth, length, features]`."""
     entering = {
         name: {"stream": layers.sequence(entry.site, streams[name])}
         for name, entry in blocks.entries.items()
     }
-    length = sites[0].shape[-1]
+    length, _ = positions(sites[0])
+    ordered = stack.in_order(sites, entering)
     found = [
-        layer.values["stream"].reshape(layer.length, length, -1)
-        for layer in stack.in_order(sites, entering)
+        layer.values["stream"].reshape(layer.length, length, -1) for layer in ordered
     ]
     found.append(streams[LAST].reshape(1, length, -1))
-    return jnp.concatenate([each.astype(jnp.float32) for each in found])[1:]
+    every = jnp.concatenate([each.astype(jnp.float32) for each in found])[1:]
+    names = [layer.site.name for layer in ordered for _ in range(layer.length)]
+    wanted = {site.name for site in chosen}
+    return every[np.array([name in wanted for name in names])]
 
 
 def _distance(before: jax.Array, after: jax.Array, distance: Distance) -> jax.Array:

@@ -6,7 +6,7 @@ attention is followed by as the one before it is by the stream between them.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -63,6 +63,7 @@ def cut(
     last: str | None = None,
     *,
     needs_last: bool = True,
+    kinds: Mapping[str, str] | None = None,
 ) -> Blocks:
     """Cuts a program between its layers.
 
@@ -71,24 +72,53 @@ def cut(
       entries: For the name of each layer's attention, that of the block it lies in.
       last: The name of the site that the last layer returns; None to find it.
       needs_last: Whether it is an error not to find it.
+      kinds: Of each layer, by the name of its attention, which others it is like, if
+        not all are alike.
 
     Raises:
       ValueError: If a layer sees earlier ones otherwise than through the stream, or
         what leaves the last layer is not found.
     """
-    located = {each.site.name: each for each in program.located}
-    attention = {name: located[name] for name in entries}
-    found = {name: located[block] for name, block in entries.items()}
-    if last is None:
-        atom = _find_last(program.graph, attention, found)
-    elif last in located:
-        atom = _named(located[last])
-    else:
-        raise ValueError(f"`last` names no site, got {last!r}; there are {[*located]}")
+    attention, found = _located(program, entries)
+    atom = ending(program, entries, last, kinds)
     if atom is None and needs_last:
         raise ValueError(f"what leaves the last layer was not found: {_HINT}")
     _check_streams(program.graph, attention, found, atom)
     return Blocks(program, attention, found, atom)
+
+
+def ending(
+    program: Program,
+    entries: Mapping[str, str],
+    last: str | None = None,
+    kinds: Mapping[str, str] | None = None,
+) -> int | None:
+    """The value that leaves the last layer; None where it is not found.
+
+    Args:
+      program: A traced model.
+      entries: As for `cut`.
+      last: As there.
+      kinds: As there.
+
+    Raises:
+      ValueError: If `last` names nothing that could be it.
+    """
+    if last is None:
+        return _find_last(program.graph, *_located(program, entries), kinds or {})
+    located = {each.site.name: each for each in program.located}
+    if last not in located:
+        raise ValueError(f"`last` names no site, got {last!r}; there are {[*located]}")
+    return _named(located[last])
+
+
+def _located(
+    program: Program, entries: Mapping[str, str]
+) -> tuple[dict[str, Located], dict[str, Located]]:
+    """The attention of each layer, and the block it lies in."""
+    located = {each.site.name: each for each in program.located}
+    attention = {name: located[name] for name in entries}
+    return attention, {name: located[block] for name, block in entries.items()}
 
 
 def rest(blocks: Blocks, stream: jax.Array) -> Any:
@@ -241,7 +271,10 @@ def _named(located: Located) -> int:
 
 
 def _find_last(
-    graph: Graph, attention: Mapping[str, Located], entries: Mapping[str, Located]
+    graph: Graph,
+    attention: Mapping[str, Located],
+    entries: Mapping[str, Located],
+    kinds: Mapping[str, str],
 ) -> int | None:
     final = max(attention, key=lambda name: attention[name].site.order)
     body = entries[final].body
@@ -251,10 +284,23 @@ def _find_last(
     )
     if body.parent is not None:
         return _after_loop(graph, body, _atom(entries[same[0]]))
-    if len(same) < 2:
+    period = _period([kinds.get(name, "") for name in same])
+    if len(same) <= period:
         return None
-    nodes = [neighbours.weighing(_values(attention[name])) for name in same[-2:]]
-    return _repeated(graph, body, nodes[0], nodes[1], _atom(entries[same[-1]]))
+    before, final = (
+        neighbours.weighing(_values(attention[name]))
+        for name in (same[-1 - period], same[-1])
+    )
+    return _repeated(graph, body, before, final, _atom(entries[same[-period]]))
+
+
+def _period(kinds: Sequence[str]) -> int:
+    """After how many layers of one kind each there is one of the same again."""
+    return next(
+        step
+        for step in range(1, len(kinds) + 1)
+        if all(one == other for one, other in zip(kinds, kinds[step:], strict=False))
+    )
 
 
 def _after_loop(graph: Graph, body: Body, atom: Atom) -> int | None:
