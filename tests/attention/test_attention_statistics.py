@@ -15,7 +15,7 @@ from xviz_jax.kernels.attention_statistics.statistics import (
     total,
 )
 
-MODULE = importlib.import_module("xviz_jax.attention.attention_statistics")
+MODULE = importlib.import_module("xviz_jax.attention.head_statistics")
 
 
 WEIGHTS = np.random.default_rng(2).normal(size=(3, 8, 8)).astype(np.float32) / 3

@@ -37,6 +37,14 @@ MODELS = {
 MODEL = MODELS["encoder and decoder"]
 
 
+TILED = ("padded, looped", "co-attention")
+every_model = pytest.mark.parametrize(
+    ("name", "held"),
+    [*((name, "map") for name in MODELS), *((name, "tiles") for name in TILED)],
+    indirect=["held"],
+)
+
+
 @pytest.fixture(params=["map", "tiles"])
 def held(request, monkeypatch):
     """Maps are read of the model, or made again of queries and keys."""
@@ -110,7 +118,7 @@ def check(model, scores, expected, rtol=2e-5, atol=1e-6):
     assert np.abs(other).max() > 1e-3
 
 
-@pytest.mark.parametrize("name", MODELS)
+@every_model
 def test_rollout(name, held):
     model = MODELS[name]
     maps, _ = maps_and_slopes(model, 0)
@@ -212,7 +220,7 @@ def test_gradient_rollout(name, ratio, held):
     np.testing.assert_allclose(found.diagnostics["mass"], 1, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@every_model
 def test_flow(name, held):
     model = MODELS[name]
     maps, _ = maps_and_slopes(model, 0)
@@ -250,7 +258,7 @@ def by_keys(model, given, combine):
     return np.concatenate(both)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@every_model
 def test_grad_sam(name, held):
     model = MODELS[name]
     given = []
@@ -270,7 +278,7 @@ def test_grad_sam(name, held):
         np.testing.assert_allclose(other, given[5], rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@every_model
 def test_grad_cam_of_a_layer_by_name(name, held):
     model, x = MODELS[name], inputs(MODELS[name])
     maps, slopes = maps_and_slopes(model, 1)
@@ -334,7 +342,7 @@ def test_statistics(name, held):
 TOKENS = {EncoderDecoder: (0, 1, 3, 2, 5, 2), CoAttention: (1, 0, 2, 3, 5, 4, 6, 7)}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@every_model
 def test_attcat(name, held):
     model, given = MODELS[name], []
     padding = getattr(model, "pad", 0)

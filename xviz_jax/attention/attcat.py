@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from xviz_jax import attribution
-from xviz_jax.attention import joint, layers, queries, rows, stack
+from xviz_jax.attention import queries, residual, rows, stack, steps
 from xviz_jax.attention.fusion import Fusion
 from xviz_jax.attention.sites import readable, self_attention
 from xviz_jax.attention.streams import Naming, Streams, several
@@ -67,12 +67,13 @@ def attcat(
         program = trace(model, args, {})
         found = several(program, readable(program.sites), streams)
         if found is not None:
+            found.check(last or {}, "last")
             logits, scores = _of_several(
                 program, found, scalar, start_layer, last or {}
             )
             return Attribution(scores=scores, output=scalar(logits))
         sites = self_attention(program.sites)
-        logits, read = layers.capture_of(program, sites, scalar, streams=True)
+        logits, read, _ = residual.capture_tokens(program, {"": sites}, scalar, {})
         kept = stack.since(read, start_layer)
         attention = rows.each(kept, queries.uniform(read), Fusion())
         impacts = [_impact(layer.values).reshape(layer.length, -1) for layer in kept]
@@ -96,18 +97,18 @@ def _of_several(
     last: Mapping[str, str],
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     sites = readable(program.sites)
-    joint.check_order(sites)
+    steps.check_order(sites)
     sequences = streams.by_queries(sites)
-    logits, read, ends = layers.capture_tokens(
+    logits, read, ends = residual.capture_tokens(
         program, sequences, scalar, last, streams.keys
     )
-    steps = joint.in_turn(read, streams, 0)
-    stack.check_start(len(steps), start_layer)
+    every = steps.in_turn(read, streams, 0)
+    stack.check_start(len(every), start_layer)
     scores = {
         name: jnp.zeros(length, jnp.float32) for name, length in streams.lengths.items()
     }
-    for step in steps[start_layer:]:
-        writers = [other for other in steps if other.query == step.key]
+    for step in every[start_layer:]:
+        writers = [other for other in every if other.query == step.key]
         tokens = ends.get(step.key, {})
         if step.other < len(writers):
             tokens = writers[step.other].layer.values
@@ -116,7 +117,7 @@ def _of_several(
                 f"the tokens of {step.key!r} that {step.layer.site.name!r} attends to "
                 "were not found; name what its last layer returns in `last`"
             )
-        share = joint.uniform(read, streams, step.query)
+        share = steps.uniform(read, streams, step.query)
         attention = rows.through(step.layer, share, Fusion())
         scores[step.key] = scores[step.key] + attention * _impact(tokens)
     return logits, scores

@@ -11,6 +11,7 @@ from xviz_jax.attention import joint, layers, masking, max_flow, queries, rows, 
 from xviz_jax.attention.attention_rollout import Heads, check_heads
 from xviz_jax.attention.fusion import Fusion
 from xviz_jax.attention.sites import readable, self_attention
+from xviz_jax.attention.steps import Step
 from xviz_jax.attention.streams import Naming, several
 from xviz_jax.attribution import Attribution, Target
 from xviz_jax.tracing.program import trace
@@ -158,7 +159,7 @@ def _network(
     kept, mixed = rows.shares(residual)
     # Each sequence, after so many of the layers that write to it.
     above: list[tuple[str, int]] = [(walk.stream, walk.top)]
-    between, crossed = [above], list[joint.Step]()
+    between, crossed = [above], list[Step]()
     for step in reversed(walk.steps):
         written = (step.query, step.own + 1)
         if written in above:
@@ -172,7 +173,7 @@ def _network(
     size = max(sum(lengths[name] for name, _ in each) for each in between)
     slices = [_slices(lengths, each) for each in between]
 
-    def widths(step: joint.Step, above: _Slices, below: _Slices) -> jax.Array:
+    def widths(step: Step, above: _Slices, below: _Slices) -> jax.Array:
         written = above[step.query, step.own + 1]
         fused = mixed * rows.matrix(step.layer, fusion)
         total = kept + jnp.sum(fused, axis=-1, keepdims=True)

@@ -48,10 +48,10 @@ def attention_relevance(
         by tracing.
       query: The position the class is read from: 0 for a class token, -1 for the
         last token of a decoder. May be traced. `pooled` for the rows that the
-        output of a model of one sequence reads, found by tracing, with their weights,
-        for another forward pass; `mean` for all rows, averaged, padding's left out; or
-        weights of rows, float `[length]`. Where the output is read from several
-        sequences, one of them by its name, `{name: position}`.
+        output reads, found by tracing, with their weights, for another forward pass;
+        `mean` for all rows, averaged, padding's left out; or weights of rows, float
+        `[length]`. Where the output is read from several sequences, any of these for
+        one of them, by its name: `{name: position}`.
       heads: How heads are fused: `mean`, the paper's, or for one sequence `max` or
         `min`, and then rows are normalised.
       start_layer: The first layer taken along; earlier ones are left out.

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from xviz_jax.attention import rows
 from xviz_jax.attention.fusion import Fusion
-from xviz_jax.attention.joint import Step, Walk
+from xviz_jax.attention.joint import Walk
+from xviz_jax.attention.steps import Step
 from xviz_jax.attention.streams import Streams
 
 # Of one sequence, its relevance to each that has reached it, `[own, other]`.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from xviz_jax import attribution
-from xviz_jax.attention import joint, layers, queries, rows, stack
+from xviz_jax.attention import layers, queries, rows, stack, steps
 from xviz_jax.attention.fusion import Fusion
 from xviz_jax.attention.sites import readable, self_attention
 from xviz_jax.attention.streams import Naming, several
@@ -64,7 +64,7 @@ def grad_sam(
             sites = readable(program.sites)
             logits, read = layers.capture_of(program, sites, scalar)
             of_layer = lambda layer, share: rows.each([layer], share, fusion)
-            given = joint.by_keys(read, found, start_layer, of_layer)
+            given = steps.by_keys(read, found, start_layer, of_layer)
             scores = {
                 name: jnp.sum(each, axis=0) / max(len(each), 1)
                 for name, each in given.items()

@@ -1,9 +1,7 @@
-"""Layers of attention over several sequences, one by one, and rows through them.
+"""Rows carried through attention over several sequences, from the last to the first.
 
-As of an encoder and its decoder, or of a text and an image. Each layer writes to the
-sequence of its queries and reads that of its keys, both as they were when its operands
-were made. Rows are carried through as in a model of one sequence whose positions are
-those of all (Ferrando et al., 2022, arXiv 2205.11631, section 3).
+As in a model of one sequence whose positions are those of all (Ferrando et al., 2022,
+arXiv 2205.11631, section 3).
 """
 
 import dataclasses
@@ -13,38 +11,17 @@ from typing import Literal, TypeVar
 import jax
 import jax.numpy as jnp
 
-from xviz_jax.attention import layers, masking, queries, rows, stack
+from xviz_jax.attention import layers, queries, rows, steps
 from xviz_jax.attention.fusion import Fusion
 from xviz_jax.attention.sites import readable
 from xviz_jax.attention.stack import Layer
+from xviz_jax.attention.steps import Step
 from xviz_jax.attention.streams import Streams
-from xviz_jax.tracing import Site, pooling
+from xviz_jax.tracing import pooling
 from xviz_jax.tracing.program import Program
-from xviz_jax.tracing.sequences import Run
 
 Query = queries.Query | Mapping[str, queries.Query | None] | None
 Asked = TypeVar("Asked", queries.Query, queries.Query | None)
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One layer of attention.
-
-    Attributes:
-      layer: What was read of it.
-      turn: Which turn of the loop around it.
-      query: The sequence of its queries, to which it writes.
-      key: That of its keys.
-      own: How many of the layers that write to `query` its queries were made after.
-      other: How many of those that write to `key` its keys were.
-    """
-
-    layer: Layer
-    turn: int
-    query: str
-    key: str
-    own: int = 0
-    other: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,13 +74,14 @@ def read(
         each other.
     """
     sites = readable(program.sites)
-    check_order(sites)
+    steps.check_order(sites)
     stream, query = _explained(streams, query)
     _check_reached(streams, stream)
     keep = fusion.inside(query)
     output, found = layers.capture_of(program, sites, scalar, keep=keep)
     start = _start(program, found, streams, stream, query)
-    return Walk(output, streams, in_turn(found, streams, start_layer), stream, start)
+    every = steps.in_turn(found, streams, start_layer)
+    return Walk(output, streams, every, stream, start)
 
 
 def of_one(query: Asked | Mapping[str, Asked]) -> Asked:
@@ -172,109 +150,6 @@ def diagnostics(walk: Walk, scores: Mapping[str, jax.Array]) -> dict[str, jax.Ar
     return {"mass": mass(scores), "self_share": own}
 
 
-def in_turn(found: list[Layer], streams: Streams, start_layer: int) -> list[Step]:
-    """Layers one by one, in the order they run, without the first `start_layer`.
-
-    Raises:
-      ValueError: If none would be left, or if layers run beside each other.
-    """
-    every: list[Step] = []
-    for layer in found:
-        for number in range(layer.length):
-            turn = sum(step.layer.site is layer.site for step in every)
-            one = stack.pick([layer], number)
-            every.append(Step(one, turn, *streams.of[layer.site.name]))
-    stack.check_start(len(every), start_layer)
-    writers: dict[str, list[Step]] = {name: [] for name in streams.lengths}
-    steps = []
-    for step in every[start_layer:]:
-        own = _made_after(step, "query", streams, writers[step.query])
-        other = _made_after(step, "key", streams, writers[step.key])
-        latest = (own, other) if step.query == step.key else (own,)
-        for seen in latest:
-            if seen < len(writers[step.query]):
-                beside = writers[step.query][seen].layer.site.name
-                raise ValueError(
-                    f"{step.layer.site.name!r} runs beside {beside!r} and not after "
-                    "it; this method takes layers of one sequence one after another"
-                )
-        steps.append(dataclasses.replace(step, own=own, other=other))
-        writers[step.query].append(step)
-    return steps
-
-
-def check_order(sites: tuple[Site, ...]) -> None:
-    """Refuses loops of which the turns of all sites have no one order."""
-    for site in sites:
-        if len(stack.turning(site)) > 1:
-            raise ValueError(
-                f"{site.name!r} lies in a loop inside a loop, of which the order of "
-                "layers over several sequences is not told"
-            )
-
-
-def uniform(found: list[Layer], streams: Streams, stream: str) -> jax.Array:
-    """Equal weights of a sequence's rows but padding's, as far as it tells of any.
-
-    What is padding is told by the first layer in which the sequence attends to itself.
-    """
-    seen = _attended(found, streams, stream).astype(jnp.float32)
-    return seen / jnp.maximum(jnp.sum(seen), 1)
-
-
-def by_keys(
-    found: list[Layer],
-    streams: Streams,
-    start_layer: int,
-    of_layer: Callable[[Layer, jax.Array], jax.Array],
-) -> dict[str, jax.Array]:
-    """What each position is given as a key, by each layer that attends to it.
-
-    Args:
-      found: Layers in the order they run.
-      streams: The sequences.
-      start_layer: The first layer taken along.
-      of_layer: Takes a layer, or several alike, and equal weights of its queries;
-        gives float32 `[layers, keys]`.
-
-    Returns:
-      Of each sequence `[layers, length]`; no layers where none attends to it.
-    """
-    given: dict[str, list[jax.Array]] = {
-        name: [jnp.zeros((0, length), jnp.float32)]
-        for name, length in streams.lengths.items()
-    }
-    for layer in stack.since(found, start_layer):
-        query, key = streams.of[layer.site.name]
-        given[key].append(of_layer(layer, uniform(found, streams, query)))
-    return {name: jnp.concatenate(each) for name, each in given.items()}
-
-
-def _attended(found: list[Layer], streams: Streams, stream: str) -> jax.Array:
-    own = [layer for layer in found if streams.of[layer.site.name] == (stream, stream)]
-    if own:
-        return masking.attended(own)
-    return jnp.ones(streams.lengths[stream], bool)
-
-
-def _made_after(step: Step, side: str, streams: Streams, writers: list[Step]) -> int:
-    """How many of the layers that wrote to a sequence an operand was made after."""
-    run = streams.runs[step.layer.site.name, side]
-    seen = [_was_before(step, run, writer) for writer in writers]
-    return seen.index(False) if False in seen else len(seen)
-
-
-def _was_before(step: Step, run: Run, writer: Step) -> bool:
-    if run.cut:
-        # Its positions were not followed further; the sequences were given by name.
-        return True
-    site, other = step.layer.site, writer.layer.site
-    together = other.order[:-1] == site.order[:-1]
-    if together and writer.turn == step.turn and stack.turning(site):
-        return other.name in run.now
-    return other.name in run.now | run.earlier
-
-
 def _explained(streams: Streams, query: Query) -> tuple[str, queries.Query | None]:
     if isinstance(query, Mapping):
         if len(query) != 1 or not set(query) <= set(streams.lengths):
@@ -313,10 +188,10 @@ def _start(
 ) -> jax.Array:
     length = streams.lengths[stream]
     if query is None:
-        return jnp.diag(_attended(found, streams, stream).astype(jnp.float32))
+        return jnp.diag(steps.attended(found, streams, stream).astype(jnp.float32))
     if isinstance(query, str):
         if query == "mean":
-            return uniform(found, streams, stream)
+            return steps.uniform(found, streams, stream)
         if query != "pooled" or streams.read != (stream,):
             raise ValueError(
                 f"`query` is a position or weights of the {length} positions of "

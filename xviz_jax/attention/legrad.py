@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from xviz_jax import attribution, chunks
-from xviz_jax.attention import joint, layers, masking, queries, rows, stack
+from xviz_jax.attention import masking, queries, residual, rows, stack, steps
 from xviz_jax.attention.fusion import gradient_row
 from xviz_jax.attention.sites import readable, self_attention
 from xviz_jax.attention.stack import Layer
@@ -90,15 +90,16 @@ def legrad(
                 )
             sequences = found.by_queries(readable(program.sites))
             named = last or {}
+            found.check(named, "last")
         keys = None if found is None else found.keys
-        logits, read = layers.capture_own(program, sequences, scalar, named, keys)
+        logits, read = residual.capture_own(program, sequences, scalar, named, keys)
         if found is None:
             share = queries.uniform(read)
             each = _gradients(stack.since(read, start_layer), share)
             scores = jnp.sum(each, axis=0)
         else:
             one = lambda layer, share: _gradients([layer], share)
-            given = joint.by_keys(read, found, start_layer, one)
+            given = steps.by_keys(read, found, start_layer, one)
             scores = {name: jnp.sum(each, axis=0) for name, each in given.items()}
         return Attribution(scores=scores, output=scalar(logits, logits))
 

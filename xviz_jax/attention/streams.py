@@ -30,6 +30,18 @@ class Streams:
     read: tuple[str, ...]
     runs: dict[tuple[str, str], Run]
 
+    def check(self, given: Mapping[str, object], option: str) -> None:
+        """Refuses an option that names what is no sequence.
+
+        Raises:
+          ValueError: If it does.
+        """
+        if not set(given) <= set(self.lengths):
+            raise ValueError(
+                f"`{option}` is a dict by the sequences {list(self.lengths)}, got "
+                f"{list(given)}"
+            )
+
     @property
     def keys(self) -> dict[str, str]:
         """Of each site, by its name, the sequence of its keys."""

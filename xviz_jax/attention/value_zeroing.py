@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xviz_jax import attribution, chunks
-from xviz_jax.attention import layers, masking, queries, stack
+from xviz_jax.attention import layers, masking, queries, residual, stack
 from xviz_jax.attention.sites import named, readable, self_attention
 from xviz_jax.attention.streams import Naming, Streams, several
 from xviz_jax.attribution import Attribution, Target
@@ -79,10 +79,10 @@ def value_zeroing(
     Positions that no head of a layer attends score exactly zero there.
 
     Raises:
-      ValueError: If the model has no self-attention over one sequence, attention
-        that is not understood, or a layer without a residual stream; if what leaves
-        the last layer is not found, or a layer sees earlier ones around the stream;
-        or an option does not fit.
+      ValueError: If the model has attention over several sequences and no layer is
+        named, attention that is not understood, or a layer without a residual stream;
+        if what leaves the last layer is not found, or a layer sees earlier ones around
+        the stream; or an option does not fit.
 
     Source: section 3 of the paper.
     """
@@ -97,8 +97,9 @@ def value_zeroing(
         program = trace(model, args, {})
         found = several(program, readable(program.sites), streams)
         sites, chosen = _chosen(program, layer, found)
-        blocks = layers.cut(program, sites, last, found and found.keys)
+        blocks = residual.cut(program, sites, last, found and found.keys)
         logits, each, attended = _matrices(blocks, sites, chosen, distance, chunk)
+        # Whether queries and keys are of one sequence.
         within = found is None or len(set(found.of[chosen[0].name])) == 1
         depth, length, _ = each.shape
         number = start_layer if layer is None else layer
@@ -115,8 +116,8 @@ def value_zeroing(
         taken = each[number:] if layer is None else each[number][None]
         own = jnp.eye(length, dtype=jnp.float32)
         if isinstance(query, str) and not isinstance(layer, str):
-            _, read_ = layers.capture(model, args)
-            start = queries.resolve(query, read_, model, args)
+            _, captured = layers.capture(model, args)
+            start = queries.resolve(query, captured, model, args)
             own = queries.row_weights(start, length)
         elif query is not None:
             own = queries.of_named(query, length)
@@ -155,7 +156,7 @@ def _chosen(
     site = named(program.sites, layer)
     if streams is None:
         return self_attention(program.sites), [site]
-    query, _ = streams.of[layer]
+    query, _ = streams.of[site.joins or layer]
     return streams.by_queries(readable(program.sites))[query], [site]
 
 
@@ -243,7 +244,7 @@ def _in_order(
 ) -> jax.Array:
     """What leaves each chosen layer, float32 `[depth, length, features]`."""
     entering = {
-        name: {"stream": layers.sequence(entry.site, streams[name])}
+        name: {"stream": residual.sequence(entry.site, streams[name])}
         for name, entry in blocks.entries.items()
     }
     length, _ = positions(sites[0])
