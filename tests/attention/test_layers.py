@@ -9,7 +9,9 @@ from jax import lax
 import xviz_jax as xv
 from tests.contract.quick import quick_compilation as quick_compilation
 from tests.tracing.cases import compiled
-from xviz_jax.attention import layers
+from xviz_jax import tracing
+from xviz_jax.attention import layers, rows
+from xviz_jax.attention.fusion import Fusion
 
 LENGTH, WIDTH, HEADS, DEPTH, CHUNK = 6, 8, 2, 3, 2
 
@@ -245,3 +247,30 @@ def test_relevance_has_a_derivative(limit, monkeypatch):
     moved = (score(x + 1e-2 * step) - score(x - 1e-2 * step)) / 2e-2
     assert abs(slope) > 0.1
     np.testing.assert_allclose(slope, moved, rtol=2e-2)
+
+
+@pytest.mark.parametrize("queries", [1, 5, 7, 9])
+def test_keys_that_are_known_to_be_padding(queries):
+    """A count of keys that does not vary with the query is no window of any width."""
+    weights = np.random.default_rng(4).normal(size=(3, 4, 4)).astype(np.float32)
+
+    def model(x, y, seen=None):
+        if seen is None:
+            seen = jnp.arange(7) < 4
+        query, key, value = (z @ w for z, w in zip((x, y, y), weights, strict=True))
+        scores = jnp.where(seen, query @ key.T, -jnp.inf)
+        return (jax.nn.softmax(scores) @ value)[0]
+
+    x, y = (jax.random.normal(jax.random.key(n), (n, 4)) for n in (queries, 7))
+    (site,) = (s for s in tracing.sites(model, x, y) if s.kind == "attention")
+    assert (site.causal, site.window) == (None, None)
+    scalar = lambda logits: logits[0]
+    _, known = layers.capture_named(model, (x, y), site.name, scalar)
+    _, given = layers.capture_named(model, (x, y, np.arange(7) < 4), site.name, scalar)
+    for layer in (known, given):
+        assert "probabilities" not in layer.values
+        made = rows.matrix(layer, Fusion())
+        _, maps = tracing.capture(model)(x, y)
+        expected = maps[site.name]["probabilities"][0, 0]
+        np.testing.assert_allclose(made, expected, rtol=1e-5)
+        assert not made[:, 4:].any()

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 
 import xviz_jax as xv
 from tests.attention.test_attention_flow import flows
@@ -16,8 +17,10 @@ from tests.attention.test_co_attention import (
     WIDTH,
     CoAttention,
     EncoderDecoder,
+    X,
     attend,
     cast,
+    draw,
     maps_and_slopes,
     mlp,
     norm,
@@ -26,6 +29,7 @@ from tests.attention.test_co_attention import (
     weights,
 )
 from tests.contract.quick import quick_compilation as quick_compilation
+from xviz_jax.attention import layers, masking
 
 MODELS = {
     "encoder and decoder": EncoderDecoder(),
@@ -323,17 +327,17 @@ def test_statistics(name, held):
     own, other = of_both(model, {name: name for name in found.scores})
     names = {"own": own, "other": other}
     counted = 0
-    for (query, key), layers in by_pair.items():
-        for statistic in layers[0]:
+    for (query, key), each_layer in by_pair.items():
+        for statistic in each_layer[0]:
             title = f"{names[query]}>{names[key]}/{statistic}"
-            expected = np.stack([each[statistic] for each in layers])
+            expected = np.stack([each[statistic] for each in each_layer])
             np.testing.assert_allclose(
                 found.diagnostics[title], expected, rtol=2e-5, atol=1e-6
             )
             counted += 1
         shape = found.diagnostics[f"{names[query]}>{names[key]}/top_keys"].shape
         lengths = {"own": model.own, "other": model.other}
-        assert shape == (len(layers), HEADS, lengths[query], 2)
+        assert shape == (len(each_layer), HEADS, lengths[query], 2)
         counted += 2
     assert counted == len(found.diagnostics)
 
@@ -515,3 +519,167 @@ def test_batches_and_compilation_change_nothing(name):
         jax.tree.map(
             partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6), one, alone
         )
+
+
+def refuses(said, method, model, *args):
+    with pytest.raises(ValueError, match=said):
+        jax.eval_shape(partial(method(model), target=0), *args)
+
+
+def test_what_a_loop_stacks_is_not_taken_for_its_end():
+    """A decoder that reads what left the first of two layers of an encoder."""
+
+    def model(x, source, turn: int | None = 0):
+        layers = jax.tree.map(lambda *w: jnp.stack(w), *(weights(n) for n in (1, 2)))
+
+        def layer(y, w):
+            y = mlp(y + attend(cast(w, x), y, y))
+            return y, y
+
+        end, every = jax.lax.scan(layer, source, layers)
+        memory = end if turn is None else every[turn]
+        return mlp(x + attend(cast(weights(3), x), x, memory))[0]
+
+    x = inputs(MODEL)
+    for method in (xv.attention_rollout, xv.attention_relevance, xv.attcat):
+        refuses("reads what a loop stacks of 'attention'", method, model, *x)
+    jax.eval_shape(xv.attention_rollout(partial(model, turn=None)), *x)
+
+
+@pytest.mark.parametrize("method", [xv.attention_rollout, xv.grad_sam])
+def test_keys_that_are_mixed_positions_are_no_sequence(method):
+    mix = draw(3, 2, MODEL.own)
+
+    def linear(x):
+        return mlp(x + attend(cast(weights(1), x), x, jnp.float32(mix) @ x))[0]
+
+    refuses("keys of 'attention' are made of other positions", method, linear, X)
+
+
+def test_what_queries_see_of_other_keys():
+    """Up to two keys further than their own number; and with a window besides."""
+    offset = np.arange(MODEL.other) - np.arange(MODEL.own)[:, None]
+    for mask in (offset <= 2, (offset <= 2) & (offset >= 0), offset <= 1):
+        model = lambda x, y, mask=mask: attend(cast(weights(1), x), x, y, mask)[0]
+        _, maps = xv.tracing.capture(model)(*inputs(MODEL))
+        _, layer = layers.capture_named(
+            model, inputs(MODEL), "attention", lambda logits: logits[0]
+        )
+        assert "probabilities" not in layer.values
+        for position in range(MODEL.own):
+            seen = masking.seen(layer, jnp.int32(position))
+            expected = maps["attention"]["probabilities"][0][:, position] > 0
+            np.testing.assert_array_equal(
+                np.broadcast_to(seen, expected.shape), expected
+            )
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_layers_beside_each_other_over_positions_that_are_not_followed(scan):
+    """What is cut and joined is named, and comes after what it was made of."""
+    co = CoAttention(scan=scan)
+
+    def encoded(x):
+        return mlp(x + attend(cast(weights(7), x), x, x))
+
+    def joined(x, y):
+        x = encoded(x)
+        return co(jnp.concatenate([x[:1], x[1:]]), y)
+
+    whole = lambda x, y: co(encoded(x), y)
+    x, y = inputs(co)
+    sites = [s.name for s in xv.tracing.sites(joined, x, y) if s.kind == "attention"]
+    layer = [("text", "image"), ("image", "text"), ("text", "text"), ("image", "image")]
+    every = [("text", "text"), *layer * (1 if scan else 2)]
+    streams = dict(zip(sites, every, strict=True))
+    for method in (xv.attention_rollout, xv.attention_relevance):
+        refuses("name it in `streams`", method, joined, x, y)
+        given = method(joined, streams=streams)(x, y, target=0)
+        text, image = method(whole)(x, y, target=0).scores.values()
+        np.testing.assert_allclose(given.scores["text"], text, rtol=1e-5)
+        np.testing.assert_allclose(given.scores["image"], image, rtol=1e-5)
+
+
+def frozen(x, features):
+    """A decoder of features that attend to nothing."""
+    features = checkpoint_name(jnp.tanh(features), "features")
+    for n in (1, 2):
+        x = norm(x + attend(cast(weights(n), x), x, x))
+        x = mlp(x + attend(cast(weights(n + 2), x), x, features))
+    return x[-1] @ jnp.asarray(HEAD, x.dtype)
+
+
+def test_the_tokens_of_keys_alone_are_named():
+    x = inputs(MODEL)
+    refuses("name what its last layer returns in `last`", xv.attcat, frozen, *x)
+    named = {"attention#1/key": "features"}
+    found = xv.attcat(frozen, last=named)(*x, target=0)
+    own, features = found.scores.values()
+    assert np.abs(features).max() > 1e-3
+    assert np.isfinite(own).all()
+    wrong = partial(xv.attcat, last={"none": "features"})
+    refuses(r"`last` is a dict by .* got \['none'\]", wrong, frozen, *x)
+    refuses("`last` is a dict by", partial(xv.legrad, last=named), frozen, *x)
+    refuses("`last` is a dict by", partial(xv.legrad, last="features"), frozen, *x)
+
+
+def test_a_last_layer_that_lacks_a_part_is_to_be_named():
+    def uneven(x, y):
+        for n in (1, 2):
+            x = norm(x + attend(cast(weights(n), x), x, x))
+            x = mlp(x + attend(cast(weights(n + 2), x), x, y))
+        x = mlp(norm(x + attend(cast(weights(5), x), x, x)))
+        return checkpoint_name(x, "end")[-1] @ jnp.asarray(HEAD, x.dtype)
+
+    x = inputs(MODEL)
+    refuses("what leaves the last layer was not found", xv.legrad, uneven, *x)
+    named = xv.legrad(uneven, last={"attention": "end"})
+    assert jax.eval_shape(named, *x).scores["attention"].shape == (MODEL.own,)
+
+
+@pytest.mark.parametrize("method", [xv.grad_sam, xv.legrad, xv.attcat])
+def test_padding_that_others_tell_of_changes_nothing(method):
+    """A text never attends to itself; what reads it leaves its padding out."""
+
+    def model(text, image, length):
+        seen = jnp.arange(len(text)) < length
+        for n in (1, 2):
+            image = norm(image + attend(cast(weights(n), text), image, text, seen))
+            text = mlp(text + attend(cast(weights(n + 2), text), text, image))
+        return image[0] @ jnp.asarray(HEAD, text.dtype)
+
+    text, image = inputs(MODEL)
+    padded = jnp.concatenate([text, jnp.ones((3, WIDTH))])
+    name = "attention#1"
+    explain = lambda text: method(model)(text, image, MODEL.own, target=0).scores
+    for scores, other in zip(
+        explain(text).values(), explain(padded).values(), strict=True
+    ):
+        np.testing.assert_allclose(other[: len(scores)], scores, rtol=1e-5, atol=1e-7)
+    assert not explain(padded)[name][MODEL.own :].any()
+
+
+def test_all_rows_with_gradients_are_refused_and_without_are_treated():
+    x = inputs(MODEL)
+    for method in (xv.gradient_rollout, xv.attention_relevance):
+        refuses("weights of rows, got None", partial(method, query=None), MODEL, *x)
+    every = xv.attention_rollout(MODEL, query=None)
+    special = {name: jnp.arange(s.shape[1]) < 1 for name, s in every(*x).scores.items()}
+    for name, scores in xv.special_tokens(every, special=special)(*x).scores.items():
+        assert scores.shape == (MODEL.own, len(special[name]))
+        assert not scores[:, 0].any()
+
+
+def test_maps_that_weigh_one_product_are_one_layer_by_name():
+    def differential(x):
+        split = lambda name: x @ cast(weights(1), x)[name]
+        one, two = (
+            jax.nn.softmax(split(q) @ split(k).T)
+            for q, k in (("query", "key"), ("key", "query"))
+        )
+        return ((one - 0.5 * two) @ split("value"))[0]
+
+    names = [s.name for s in xv.tracing.sites(differential, X) if s.kind == "attention"]
+    found = [xv.raw_attention(differential, layer=name)(X).scores for name in names]
+    assert len(found) == 2
+    np.testing.assert_array_equal(*found)

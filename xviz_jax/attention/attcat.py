@@ -117,7 +117,13 @@ def _of_several(
                 f"the tokens of {step.key!r} that {step.layer.site.name!r} attends to "
                 "were not found; name what its last layer returns in `last`"
             )
+        impact, length = _impact(tokens), streams.lengths[step.key]
+        if impact.shape != (length,):
+            raise ValueError(
+                f"the tokens of {step.key!r} are {length}, got {list(impact.shape)} in "
+                "what its last layer returns"
+            )
         share = steps.uniform(read, streams, step.query)
         attention = rows.through(step.layer, share, Fusion())
-        scores[step.key] = scores[step.key] + attention * _impact(tokens)
+        scores[step.key] = scores[step.key] + attention * impact
     return logits, scores

@@ -45,7 +45,8 @@ def attention_flow(
     found in integers, and so to the end.
 
     With cross-attention the network is of the positions of all sequences, and `length`
-    is theirs together; what a layer does not write to goes through it as it is.
+    is theirs together, an earlier state of one that is read later included; what a
+    layer does not write to goes through it as it is.
 
     Args:
       model: Maps one example to logits; any JAX function, with its attention found

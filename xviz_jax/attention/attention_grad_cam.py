@@ -22,9 +22,9 @@ def attention_grad_cam(
     gradient, averaged over the keys that the explained position sees, and what speaks
     against the class is set to zero. Knows of one layer only. Needs a target. Never
     negative. Conserves nothing. Costs one forward and one backward pass and one row
-    of the map, made from queries and keys; its mean gradient is made from values and
-    the gradient at the attention's output: memory grows with the length and not with
-    its square. Computes in float32.
+    of the map, made from queries and keys, or of a named layer a pass over the map; its
+    mean gradient is made from values and the gradient at the attention's output: memory
+    grows with the length and not with its square. Computes in float32.
 
     Args:
       model: Maps one example to logits; any JAX function, with its attention found
@@ -56,6 +56,7 @@ def attention_grad_cam(
         def scalar(logits: jax.Array) -> jax.Array:
             return attribution.explained(attribution.hold(target, logits), logits)
 
+        start = None
         if isinstance(layer, str):
             logits, one = layers.capture_named(model, args, layer, scalar)
             share = queries.of_named(query, positions(one.site)[0])
@@ -67,7 +68,10 @@ def attention_grad_cam(
         seen = masking.attended([one]).astype(jnp.float32)
         weights = _mean_gradients(one.values, share, seen / jnp.sum(seen))
         fusion = Fusion("weighted", head_weights=weights / len(weights))
-        row = rows.through(one, share, fusion)
+        if start is None:
+            row = rows.through(one, share, fusion)
+        else:
+            row = rows.propagate([one], start, fusion, residual=0.0)
         return Attribution(scores=jax.nn.relu(row), output=scalar(logits))
 
     return explain

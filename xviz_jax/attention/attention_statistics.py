@@ -46,7 +46,8 @@ def attention_statistics(
         by tracing.
       pad: A function of the model's arguments that says which positions are padding,
         bool `[length]`; they do not count as queries. For several sequences it gives a
-        dict of these, of all that have padding.
+        dict of these, of all that have padding: a mask tells it of queries only where
+        a sequence attends to itself.
       top_k: How many of a query's strongest keys are listed; on a CPU each further
         one costs about half of what the first does.
       streams: Names the sequences, if tracing cannot tell them apart: of each

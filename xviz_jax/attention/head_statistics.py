@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from xviz_jax.attention import masking, operands, rows
+from xviz_jax.attention import masking, operands, queries, rows
 from xviz_jax.attention.fusion import Fusion
 from xviz_jax.attention.stack import Layer
 from xviz_jax.kernels.attention_statistics import attention_statistics as kernel
@@ -49,8 +49,7 @@ class Asked:
             counts = masking.attended_in(site, values)
         if self.query in self.padding:
             counts = counts & ~self.padding[self.query]
-        number = jnp.maximum(jnp.sum(counts, dtype=jnp.float32), 1)
-        return counts.astype(jnp.float32) / number
+        return queries.shares(counts)
 
 
 def of_map(

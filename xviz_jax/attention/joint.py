@@ -70,12 +70,14 @@ def read(
 
     Raises:
       ValueError: If the output is read from several sequences and `query` names
-        none, if attention leads from there to only some, or if layers run beside
-        each other.
+        none, if all rows are asked for with gradients, if attention leads from there
+        to only some, or if layers run beside each other.
     """
     sites = readable(program.sites)
     steps.check_order(sites)
     stream, query = _explained(streams, query)
+    if query is None and scalar is not None:
+        raise ValueError("`query` is a position or weights of rows, got None")
     _check_reached(streams, stream)
     keep = fusion.inside(query)
     output, found = layers.capture_of(program, sites, scalar, keep=keep)
@@ -123,10 +125,11 @@ def propagate(
         row = carried.pop((step.query, step.own + 1), None)
         if row is None:
             continue
+        fused = rows.fused(step.layer, fusion)
         if normalize and not fusion.keeps_sums:
-            total = kept + mixed * rows.sums(step.layer, fusion)
+            total = kept + mixed * fused.sums()
             row = row / jnp.where(total == 0, 1, total)
-        passed = mixed * rows.through(step.layer, row, fusion)
+        passed = mixed * fused.through(row)
         for place, part in (
             ((step.query, step.own), kept * row),
             ((step.key, step.other), passed),
@@ -198,6 +201,5 @@ def _start(
                 f"{stream!r}, 'mean', or 'pooled' where the output reads it alone, got "
                 f"{query!r}"
             )
-        query = pooling.weights(program)
-    weighed = jnp.ndim(query) == 1
-    return (queries.weights_of_rows if weighed else queries.one_hot)(query, length)
+        return queries.weights_of_rows(pooling.weights(program), length)
+    return queries.of_named(query, length)

@@ -33,8 +33,6 @@ def capture(
     model: Callable,
     args: Sequence[Any],
     scalar: Callable[[jax.Array], jax.Array] | None = None,
-    *,
-    keep: KeepOf | None = None,
 ) -> tuple[jax.Array, list[Layer]]:
     """Runs a model and reads its self-attention.
 
@@ -43,11 +41,6 @@ def capture(
       args: Its positional arguments.
       scalar: If given, its gradient at the attention is read as well, in one
         forward and one backward pass.
-      keep: What to make of the values of a layer inside the model, and to read instead
-        of them, where its map is small, or made anyway and not too long: of its
-        `probabilities`, `bias` and `remaining_mask`, or with `scalar` of its
-        `probabilities` and `probabilities_cotangent`. Takes the site and the values of
-        one layer.
 
     Returns:
       The model's output, and its layers in the order they run.
@@ -57,7 +50,7 @@ def capture(
     """
     program = trace(model, tuple(args), {})
     sites = of_one_sequence(program)
-    return capture_of(program, sites, scalar, keep=keep)
+    return capture_of(program, sites, scalar)
 
 
 def capture_of(
@@ -67,7 +60,21 @@ def capture_of(
     *,
     keep: KeepOf | None = None,
 ) -> tuple[jax.Array, list[Layer]]:
-    """As `capture`, of a traced program and its sites of `self_attention`."""
+    """Runs a traced program and reads some of its attention.
+
+    Args:
+      program: A traced model.
+      sites: As `self_attention` or `readable` gives them.
+      scalar: As for `capture`.
+      keep: What to make of the values of a layer inside the model, and to read instead
+        of them, where its map is small, or made anyway and not too long: of its
+        `probabilities`, `bias` and `remaining_mask`, or with `scalar` of its
+        `probabilities` and `probabilities_cotangent`. Takes the site and the values of
+        one layer.
+
+    Returns:
+      As `capture`.
+    """
     inside = {}
     if keep is not None:
         made = _made_by_the_model(program, exact=scalar is not None)
@@ -116,7 +123,11 @@ def capture_named(
       ValueError: If no attention has that name, or some is not understood.
     """
     program = trace(model, tuple(args), {})
-    output, found = capture_of(program, [named(program.sites, name)], scalar)
+    site = named(program.sites, name)
+    # Maps that weigh the same values are the heads of one layer.
+    first = site.joins or name
+    chosen = [each for each in program.sites if first in (each.name, each.joins)]
+    output, found = capture_of(program, chosen, scalar)
     return output, pick(found, -1)
 
 

@@ -90,7 +90,7 @@ def legrad(
                 )
             sequences = found.by_queries(readable(program.sites))
             named = last or {}
-            found.check(named, "last")
+            found.check(named, "last", sequences)
         keys = None if found is None else found.keys
         logits, read = residual.capture_own(program, sequences, scalar, named, keys)
         if found is None:

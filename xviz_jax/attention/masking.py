@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from xviz_jax.attention.stack import Layer, pick
 from xviz_jax.tracing import Site
+from xviz_jax.tracing.site import positions
 
 # What is added to the scores of keys that are not to be seen is at most this.
 _MASKING_BIAS = -9e3
@@ -42,7 +43,9 @@ def seen(layer: Layer, position: jax.Array) -> jax.Array:
     values, site = layer.values, layer.site
     if "probabilities" in values:
         return values["probabilities"][0][:, position] > 0
-    ahead = jnp.arange(site.shape[-1]) - position
+    # The last query sees up to the last key, however many there are of each.
+    queries, keys = positions(site)
+    ahead = jnp.arange(keys) - (keys - queries) - position
     allowed = jnp.ones(ahead.shape, bool)
     if site.causal:
         allowed &= ahead <= 0

@@ -84,7 +84,7 @@ def weights_of_rows(query: int | jax.Array, length: int) -> jax.Array:
 
 
 def of_named(query: Query, length: int) -> jax.Array:
-    """What is asked of one layer that was named, as weights of its rows.
+    """A position, or weights of rows, as weights of all rows.
 
     Raises:
       ValueError: If it is no position and no weights.
@@ -99,8 +99,13 @@ def of_named(query: Query, length: int) -> jax.Array:
 
 def uniform(layers: Sequence[Layer]) -> jax.Array:
     """Equal weights of all rows but padding's, float32 `[length]`."""
-    seen = attended(layers).astype(jnp.float32)
-    return seen / jnp.maximum(jnp.sum(seen), 1)
+    return shares(attended(layers))
+
+
+def shares(counts: jax.Array) -> jax.Array:
+    """Equal weights of what counts, float32 `[length]`, of bool."""
+    number = jnp.maximum(jnp.sum(counts, dtype=jnp.float32), 1)
+    return counts.astype(jnp.float32) / number
 
 
 def row_weights(query: int | jax.Array, length: int) -> jax.Array:

@@ -41,7 +41,7 @@ def raw_attention(
       layer: Which layer, in the order they run; -1 is the last. Or the name of an
         attention site, as `tracing.sites` and `xviz-jax doctor` list them, of any
         model: from one sequence to another too. Of a loop's the last turn. `query` is
-        then a position or weights of its rows.
+        then a position or weights of its rows, at the cost of a pass over the map.
       head: Which head; None for all of them.
       heads: How they are then fused: `mean`, `max` or `min`.
 
@@ -51,7 +51,7 @@ def raw_attention(
 
       - `mass`: sum of the scores;
       - `self_share`: the score of the explained position itself; of several, by their
-        weights. Not where keys are another sequence's.
+        weights. Not of a layer by name.
 
     Raises:
       ValueError: If the model has no self-attention over one sequence, or attention

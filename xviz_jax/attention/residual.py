@@ -36,7 +36,9 @@ def capture_tokens(
       where that was found.
     """
     ends = {}
-    for name, sites in sequences.items():
+    # Of a single sequence nobody reads where it ends; of one of keys, only its name.
+    ending = {} if len(sequences) == 1 and not last else sequences
+    for name, sites in {**dict.fromkeys(last, ()), **ending}.items():
         own = {n: b.site.name for n, b in _streams(program, sites).items()}
         atom = blocks.ending(program, own, last.get(name), keys)
         if atom is not None:
@@ -56,7 +58,7 @@ def capture_tokens(
             stream=sequence(each.site, own["activation"]),
             stream_cotangent=sequence(each.site, own["output_cotangent"]),
         )
-    tokens = {name: found.pop(_end(name), {}) for name in sequences}
+    tokens = {name: found.pop(_end(name), {}) for name in {*sequences, *last}}
     return output, in_order(sites, found), tokens
 
 

@@ -1,5 +1,6 @@
 """Rows carried through layers of attention, from the last to the first."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -186,39 +187,57 @@ def shares(residual: Literal["add"] | float) -> tuple[float, float]:
     return (1.0, 1.0) if residual == "add" else (residual, 1 - residual)
 
 
-def matrix(layer: Layer, fusion: Fusion) -> jax.Array:
-    """The fused map of one layer, float32 `[query, key]`."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fused:
+    """The fused map of one layer, at hand or made tile by tile.
+
+    Attributes:
+      map: float32 `[query, key]`, if it is at hand.
+      operands: Else what kernels make it of.
+    """
+
+    map: jax.Array | None
+    operands: dict[str, Any]
+
+    def through(self, row: jax.Array) -> jax.Array:
+        """Rows `[..., query]` times the map, float32 `[..., key]`."""
+        if self.map is not None:
+            return jnp.matmul(row, self.map, precision="highest")
+        found = attention_row_product(
+            row.reshape(1, -1, row.shape[-1]), **self.operands
+        )
+        return found.reshape(*row.shape[:-1], -1)
+
+    def sums(self) -> jax.Array:
+        """Of each row, float32 `[query]`."""
+        if self.map is not None:
+            return jnp.sum(self.map, axis=-1)
+        ones = jnp.ones((1, 1, self.operands["k"].shape[1]), jnp.float32)
+        return attention_col_product(ones, **self.operands)[0, 0]
+
+
+def fused(layer: Layer, fusion: Fusion) -> Fused:
+    """The map of one layer with its heads fused."""
     if _is_at_hand(layer):
-        return fusion.of_layer(layer.values)
-    return attention_fused_matrix(**_operands(layer, fusion))[0]
-
-
-def through(layer: Layer, row: jax.Array, fusion: Fusion) -> jax.Array:
-    """Rows `[..., query]` times the fused map of one layer, float32 `[..., key]`."""
-    if _is_at_hand(layer):
-        return jnp.matmul(row, fusion.of_layer(layer.values), precision="highest")
-    own = row.reshape(1, -1, row.shape[-1])
-    found = attention_row_product(own, **_operands(layer, fusion))
-    return found.reshape(*row.shape[:-1], -1)
-
-
-def sums(layer: Layer, fusion: Fusion) -> jax.Array:
-    """Of each row of the fused map of one layer, float32 `[query]`."""
-    if _is_at_hand(layer):
-        return jnp.sum(fusion.of_layer(layer.values), axis=-1)
-    ones = jnp.ones((1, 1, layer.site.shape[-1]), jnp.float32)
-    return attention_col_product(ones, **_operands(layer, fusion))[0, 0]
-
-
-def _operands(layer: Layer, fusion: Fusion) -> dict[str, Any]:
-    """What kernels of one layer take of it."""
+        return Fused(fusion.of_layer(layer.values), {})
     options = {SINGLE[n]: stack[0] for n, stack in stacks_of(layer, fusion).items()}
     options |= scoring(layer)
     options |= {"relevance": fusion.relevance, "head_fusion": fusion.heads}
     if fusion.discard_ratio:
         ratio = fusion.discard_ratio
         options["threshold"] = attention_fused_quantile(ratio=ratio, **options)
-    return options
+    return Fused(None, options)
+
+
+def matrix(layer: Layer, fusion: Fusion) -> jax.Array:
+    """The fused map of one layer, float32 `[query, key]`."""
+    made = fused(layer, fusion)
+    return attention_fused_matrix(**made.operands)[0] if made.map is None else made.map
+
+
+def through(layer: Layer, row: jax.Array, fusion: Fusion) -> jax.Array:
+    """Rows `[..., query]` times the fused map of one layer, float32 `[..., key]`."""
+    return fused(layer, fusion).through(row)
 
 
 def _dense(

@@ -68,9 +68,12 @@ def special_tokens(
             wanted = f"a dict of {list(scores)}" if several else "one array"
             raise ValueError(f"`special` is {wanted} as the scores are, got {marks!r}")
         if not several:
-            scores, share = _treated(scores, marks, treat)
+            scores, share = _treated(scores, marks, treat, square=True)
         else:
-            both = {name: _treated(scores[name], marks[name], treat) for name in scores}
+            both = {
+                name: _treated(scores[name], marks[name], treat, square=False)
+                for name in scores
+            }
             scores = {name: own for name, (own, _) in both.items()}
             share = jnp.stack([own for _, own in both.values()])
         return Attribution(
@@ -83,12 +86,12 @@ def special_tokens(
 
 
 def _treated(
-    scores: jax.Array, marks: Any, treat: Treatment
+    scores: jax.Array, marks: Any, treat: Treatment, *, square: bool
 ) -> tuple[jax.Array, jax.Array]:
     marks = jnp.asarray(marks)
     length = scores.shape[-1] if scores.ndim else 0
-    square = scores.ndim == 2 and scores.shape[0] == length
-    if not (scores.ndim == 1 or square):
+    rows = scores.ndim == 2 and not (square and scores.shape[0] != length)
+    if not (scores.ndim == 1 or rows):
         raise ValueError(
             "special tokens are those of scores [length], one for each position, got "
             f"scores of {list(scores.shape)}"

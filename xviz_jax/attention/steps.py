@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from xviz_jax.attention import masking, stack
+from xviz_jax.attention import masking, queries, stack
 from xviz_jax.attention.stack import Layer
 from xviz_jax.attention.streams import Streams
 from xviz_jax.tracing import Site
@@ -109,19 +109,21 @@ def by_keys(
 
 
 def uniform(found: list[Layer], streams: Streams, stream: str) -> jax.Array:
-    """Equal weights of a sequence's rows but padding's, as far as it tells of any.
-
-    What is padding is told by the first layer in which the sequence attends to itself.
-    """
-    seen = attended(found, streams, stream).astype(jnp.float32)
-    return seen / jnp.maximum(jnp.sum(seen), 1)
+    """Equal weights of a sequence's rows but padding's, float32 `[length]`."""
+    return queries.shares(attended(found, streams, stream))
 
 
 def attended(found: list[Layer], streams: Streams, stream: str) -> jax.Array:
-    """Which rows `uniform` counts, bool `[length]`."""
-    own = [layer for layer in found if streams.of[layer.site.name] == (stream, stream)]
+    """Which positions of a sequence any query may attend, bool `[length]`.
+
+    Told by the first layer in which it attends to itself, or else is attended to; all
+    of one that never is.
+    """
+    pairs = [(streams.of[layer.site.name], layer) for layer in found]
+    own = [layer for pair, layer in pairs if pair == (stream, stream)]
+    own += [layer for (_, key), layer in pairs if key == stream]
     if own:
-        return masking.attended(own)
+        return masking.attended(own[:1])
     return jnp.ones(streams.lengths[stream], bool)
 
 
@@ -133,11 +135,17 @@ def _made_after(step: Step, side: str, streams: Streams, writers: list[Step]) ->
 
 
 def _was_before(step: Step, run: Run, writer: Step) -> bool:
-    if run.cut:
-        # Its positions were not followed further; the sequences were given by name.
-        return True
     site, other = step.layer.site, writer.layer.site
+    loops = other.order[:-2] if stack.is_chunked(other) else other.order[:-1]
+    if any((other.name, loop) in run.stacked for loop in loops):
+        raise ValueError(
+            f"{site.name!r} reads what a loop stacks of {other.name!r}; this method "
+            "does not tell of which turns"
+        )
+    # Of positions that were not followed further, all that they were made of.
+    now = run.now | {name for name, again in run.upstream if not again}
+    earlier = run.earlier | {name for name, again in run.upstream if again}
     together = other.order[:-1] == site.order[:-1]
     if together and writer.turn == step.turn and stack.turning(site):
-        return other.name in run.now
-    return other.name in run.now | run.earlier
+        return other.name in now
+    return other.name in now | earlier

@@ -1,7 +1,7 @@
 """Which sequence each attention site of a model reads, and which it writes."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from xviz_jax.tracing import Site
 from xviz_jax.tracing.program import Program
@@ -30,16 +30,21 @@ class Streams:
     read: tuple[str, ...]
     runs: dict[tuple[str, str], Run]
 
-    def check(self, given: Mapping[str, object], option: str) -> None:
-        """Refuses an option that names what is no sequence.
+    def check(
+        self,
+        given: Mapping[str, object],
+        option: str,
+        known: Collection[str] | None = None,
+    ) -> None:
+        """Refuses an option that names what is no sequence, or none of some.
 
         Raises:
           ValueError: If it does.
         """
-        if not set(given) <= set(self.lengths):
+        known = list(self.lengths if known is None else known)
+        if not set(given) <= set(known):
             raise ValueError(
-                f"`{option}` is a dict by the sequences {list(self.lengths)}, got "
-                f"{list(given)}"
+                f"`{option}` is a dict by the sequences {known}, got {list(given)}"
             )
 
     @property
@@ -102,7 +107,7 @@ def find(program: Program, sites: Sequence[Site], given: Naming | None) -> Strea
     runs = {
         (s.name, side): sequences.run(s.name, side) for s in sites for side in _SIDES
     }
-    of = _named(sites, runs) if given is None else _given(sites, given)
+    of = _named(sequences, sites, runs) if given is None else _given(sites, given)
     lengths: dict[str, int] = {}
     for site in sites:
         for stream, length in zip(of[site.name], positions(site), strict=True):
@@ -132,7 +137,7 @@ def _given(sites: Sequence[Site], given: Naming) -> dict[str, tuple[str, str]]:
 
 
 def _named(
-    sites: Sequence[Site], runs: dict[tuple[str, str], Run]
+    sequences: Sequences, sites: Sequence[Site], runs: dict[tuple[str, str], Run]
 ) -> dict[str, tuple[str, str]]:
     """Each sequence bears the name of the first site whose queries run over it."""
     for (name, side), run in runs.items():
@@ -160,6 +165,16 @@ def _named(
                 "cannot be told, for several were added; name it in `streams`"
             )
         found[place] = origins
+    for place, run in runs.items():
+        # As keys that are mixed, or selected, of all positions, once and for all.
+        begun = not (run.now or run.earlier)
+        for origins in whole:
+            atoms = {atom for atom, _ in origins} - {a for a, _ in found[place]}
+            if begun and atoms and sequences.made_of(*place, atoms):
+                raise ValueError(
+                    f"the {_MANY[place[1]]} of {place[0]!r} are made of other "
+                    "positions than their own; name their sequence in `streams`"
+                )
     names: dict[frozenset[Place], str] = {}
     for side, ending in (("query", ""), ("key", "/key")):
         for site in sites:

@@ -52,7 +52,7 @@ def value_zeroing(
       query: The position that is explained: 0 for a class token, -1 for the last
         token of a decoder. May be traced. Weights of rows, float `[length]`, `mean` or
         `pooled` as for `attention_rollout`, for another forward pass. None for all
-        of them, padding's zero.
+        of them; padding's are zero, where keys are of the same sequence.
       layer: Scores of this layer alone, in the order they run; -1 is the last. Or the
         name of an attention site of any model, as for `raw_attention`: from one
         sequence to another too. None to multiply all.
@@ -72,7 +72,8 @@ def value_zeroing(
       diagnostics, of each query:
 
       - `mass`: sum of the scores;
-      - `self_share`: the score of the explained position itself.
+      - `self_share`: the score of the explained position itself; not where keys are
+        another sequence's.
 
       And, of the whole, `evaluations`: forward passes.
 

@@ -285,7 +285,8 @@ def _find_last(
     if body.parent is not None:
         return _after_loop(graph, body, _atom(entries[same[0]]))
     period = _period([kinds.get(name, "") for name in same])
-    if len(same) <= period:
+    # Where the last layer lacks some of a period, it ends elsewhere.
+    if len(same) <= period or len(same) % period:
         return None
     before, final = (
         neighbours.weighing(_values(attention[name]))

@@ -93,7 +93,7 @@ def sight(
         region = _Reader(graph, body).region(term)
         whole = region.exact
         for plane in region.planes:
-            seen = _sees(plane, term, queries, keys, starts)
+            seen = _sees(plane, term, queries, keys, starts, alone=chunk == 1)
             if seen is None:
                 whole = False
             else:
@@ -111,8 +111,13 @@ def sight(
     return Sight(True if right == 0 else None, window, tuple(rest))
 
 
-def _sees(plane: _Affine, term: Term, queries, keys, starts: np.ndarray):
-    """`key - query <= reach` is ("right", reach); `query - key <= reach` is left."""
+def _sees(
+    plane: _Affine, term: Term, queries, keys, starts: np.ndarray, *, alone: bool
+):
+    """`key - query <= reach` is ("right", reach); `query - key <= reach` is left.
+
+    A query that is alone, with no others beside it, has no axis to vary along.
+    """
     slopes: dict[int, float] = {}
     for axis, pieces in enumerate(term.axes):
         for piece in pieces:
@@ -122,8 +127,6 @@ def _sees(plane: _Affine, term: Term, queries, keys, starts: np.ndarray):
             if slope:
                 slopes[axis] = slope * piece.stride
     towards = slopes.pop(keys[0], 0.0)
-    # A query with no others beside it has no axis to vary along.
-    alone = not queries or len(starts) == 1 + np.max(starts)
     away = slopes.pop(queries[0], 0.0) if queries else 0.0
     if slopes or not towards or (away != -towards and not (alone and away == 0)):
         return None

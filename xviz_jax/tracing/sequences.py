@@ -36,12 +36,18 @@ class Run:
       now: Sites whose outputs it holds, made in its own turn of a loop.
       earlier: Those made in an earlier turn.
       cut: Whether it selects or joins positions of what attention made.
+      upstream: Where it does, all sites that these come from, and whether of an
+        earlier turn.
+      stacked: Sites that were reached through what a loop around them stacks, and the
+        number of that loop.
     """
 
     origins: frozenset[Place]
     now: frozenset[str]
     earlier: frozenset[str]
     cut: bool
+    upstream: frozenset[tuple[str, bool]] = frozenset()
+    stacked: frozenset[tuple[str, int]] = frozenset()
 
 
 class Sequences:
@@ -79,27 +85,75 @@ class Sequences:
         origins: set[Place] = set()
         now: set[str] = set()
         earlier: set[str] = set()
-        cut = False
-        waiting = [(*place, False) for place in places]
+        upstream: set[tuple[str, bool]] = set()
+        stacked: set[tuple[str, int]] = set()
+        none: frozenset[int] = frozenset()
+        waiting = [(*place, False, none) for place in places]
         seen = set()
         while waiting:
-            atom, axis, before = waiting.pop()
-            if isinstance(atom, Literal) or (atom, axis, before) in seen:
+            each = waiting.pop()
+            atom, axis, before, loops = each
+            if isinstance(atom, Literal) or each in seen:
                 continue
-            seen.add((atom, axis, before))
+            seen.add(each)
             if atom in self._made:
                 name, axes = self._made[atom]
                 if axis in axes:
                     (earlier if before else now).add(name)
+                    stacked.update((name, loop) for loop in loops)
                     own = self._starts[name, "query"]
-                    waiting += [(*place, before) for place in own]
+                    waiting += [(*place, before, loops) for place in own]
                 continue
             steps = list(self._steps(atom, axis))
-            waiting += [(other, at, before or again) for other, at, again in steps]
+            waiting += [
+                (other, at, before or again, loops | loop)
+                for other, at, again, loop in steps
+            ]
             if not steps and self._is_positions(atom):
                 origins.add((atom, axis))
-                cut |= bool(self._reached([atom]))
-        return Run(frozenset(origins), frozenset(now), frozenset(earlier), cut)
+                upstream |= self._upstream(atom, before)
+        return Run(
+            origins=frozenset(origins),
+            now=frozenset(now),
+            earlier=frozenset(earlier),
+            cut=bool(upstream),
+            upstream=frozenset(upstream),
+            stacked=frozenset(stacked),
+        )
+
+    def made_of(self, name: str, side: str, atoms: Iterable[Atom]) -> bool:
+        """Whether an operand of a site depends on all of some values."""
+        missing = set(atoms)
+        waiting = [(atom, False) for atom, _ in self._starts[name, side]]
+        for atom, _ in self._before(waiting):
+            missing.discard(atom)
+        return not missing
+
+    def _upstream(self, atom: Atom, before: bool) -> set[tuple[str, bool]]:
+        """Sites that a value depends on, and whether in an earlier turn."""
+        return {
+            (self._made[each][0], again)
+            for each, again in self._before([(atom, before)])
+            if each in self._made
+        }
+
+    def _before(self, waiting: list[tuple[Atom, bool]]) -> Iterator[tuple[int, bool]]:
+        """All that some values depend on, and whether in an earlier turn."""
+        seen = set()
+        while waiting:
+            atom, before = waiting.pop()
+            if isinstance(atom, Literal) or (atom, before) in seen:
+                continue
+            seen.add((atom, before))
+            yield atom, before
+            node = self.graph.source(atom)
+            if node is None:
+                entering = self._entering(atom)
+                waiting += [(other, before or again) for other, _, again in entering]
+            elif node.bodies:
+                waiting += [(other, before) for other, _ in _leaving(node, atom)]
+            else:
+                waiting += [(other, before) for other in node.ins]
 
     def read(self) -> frozenset[str]:
         """Sites whose sequence the program's output reads, at its end."""
@@ -135,20 +189,29 @@ class Sequences:
                 return axis
         return None
 
-    def _steps(self, atom: int, axis: int) -> Iterator[tuple[Atom, int, bool]]:
-        """One step back along an axis; also whether to a loop's earlier turn."""
+    def _steps(
+        self, atom: int, axis: int
+    ) -> Iterator[tuple[Atom, int, bool, frozenset[int]]]:
+        """One step back along an axis.
+
+        Yields:
+          An array, its axis, whether it is of a loop's earlier turn, and the loop that
+          stacks it, if one does.
+        """
+        none: frozenset[int] = frozenset()
         node = self.graph.source(atom)
         if node is None:
             for other, shift, again in self._entering(atom):
-                yield other, axis + shift, again
+                yield other, axis + shift, again, none
         elif node.bodies:
             for other, shift in _leaving(node, atom):
                 # The first axis of what a scan stacks is its turns.
                 if axis + shift >= 0:
-                    yield other, axis + shift, False
+                    loop = frozenset({node.index}) if shift else none
+                    yield other, axis + shift, False, loop
         else:
             for other, own in _before(self.graph, node, atom, axis):
-                yield other, own, False
+                yield other, own, False, none
 
     def _entering(self, atom: int) -> Iterator[tuple[Atom, int, bool]]:
         """What an input of a body is outside, or was at the turn before."""
