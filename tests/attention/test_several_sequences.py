@@ -621,6 +621,9 @@ def test_the_tokens_of_keys_alone_are_named():
     refuses(r"`last` is a dict by .* got \['none'\]", wrong, frozen, *x)
     refuses("`last` is a dict by", partial(xv.legrad, last=named), frozen, *x)
     refuses("`last` is a dict by", partial(xv.legrad, last="features"), frozen, *x)
+    one = lambda x: attend(cast(weights(1), x), x, x)[0]
+    refuses("`last` is of several", partial(xv.attcat, last=named), one, X)
+    refuses("of one sequence is one name", partial(xv.legrad, last=named), one, X)
 
 
 def test_a_last_layer_that_lacks_a_part_is_to_be_named():

@@ -72,6 +72,8 @@ def attcat(
                 program, found, scalar, start_layer, last or {}
             )
             return Attribution(scores=scores, output=scalar(logits))
+        if last:
+            raise ValueError(f"`last` is of several sequences, got {last!r} for one")
         sites = self_attention(program.sites)
         logits, read, _ = residual.capture_tokens(program, {"": sites}, scalar, {})
         kept = stack.since(read, start_layer)
