@@ -19,3 +19,10 @@ def finished(tmp_path_factory):
 def clean(finished):
     """Its rows."""
     return harness.bits(finished)
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    """One test's processes are not the next one's."""
+    yield
+    harness.leave()

@@ -16,6 +16,7 @@ from xviz_jax import audit
 from xviz_jax.audit import rows
 
 ROOT = Path(__file__).parent.parent.parent
+_STARTED = []
 
 
 def run(out, **options):
@@ -35,7 +36,7 @@ def start(out, failpoint="", cache=CACHE, **options):
         "XVIZ_FAILPOINT": failpoint,
     }
     options = {"max_bad_fraction": 0.5, **options}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "tests.audit.process", str(out), json.dumps(options)],
         env=environment,
         stdout=subprocess.PIPE,
@@ -43,6 +44,16 @@ def start(out, failpoint="", cache=CACHE, **options):
         text=True,
         cwd=ROOT,
     )
+    _STARTED.append(process)
+    return process
+
+
+def leave():
+    """Ends what a test that failed has left."""
+    while _STARTED:
+        process = _STARTED.pop()
+        process.kill()
+        process.communicate()
 
 
 def ended(process, timeout=300):

@@ -106,8 +106,10 @@ def test_asked_to_end(number, clean, tmp_path):
 
 def test_asked_twice(clean, tmp_path):
     """3: a reader that hangs does not hold it up."""
-    process = harness.start(tmp_path, source={"faults": {20: "hang"}})
-    wait_for(lambda: committed(tmp_path) > 0, process)
+    process = harness.start(tmp_path, source={"faults": {7: "hang"}})
+    log = tmp_path / "audit.log"
+    # From there on it waits for the first shard.
+    wait_for(lambda: log.exists() and "shards to do" in log.read_text(), process)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.5)
     assert process.poll() is None
