@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -214,6 +215,7 @@ OPTIONS = {
     "learned_mask": ["steps=2", "cells=2"],
     "occlusion": ["window=1"],
     "rise": ["samples=8", "cells=2"],
+    "value_zeroing": ["last=block"],
 }
 
 
@@ -224,6 +226,61 @@ def test_every_method_of_positions_by_name(name, folder, capsys):
     assert (code, error) == (0, "")
     assert f"{name}: LABEL_" in said
     assert TEXT in said
+
+
+def attending(x):
+    """Of an image of 8 x 8, with a class token and patches of 4 x 4."""
+    patches = x.reshape(2, 4, 2, 4).swapaxes(1, 2).reshape(4, 16)
+    tokens = jnp.concatenate([jnp.ones((1, 16)), patches])
+    weights = jax.nn.softmax(tokens @ tokens.T / 4)
+    return checkpoint_name(tokens + weights @ tokens, "block")[0, :3]
+
+
+def probing(x):
+    """Of a sequence of 6 x 4 that attends to itself and is read by a probe."""
+    x = x + jax.nn.softmax(x @ x.T) @ x
+    probe = jnp.asarray(np.eye(2, 4, dtype=np.float32))
+    read = jax.nn.softmax(probe @ x.T) @ x
+    return (probe + read).sum(axis=0)
+
+
+@pytest.mark.parametrize("name", [n for n in methods() if hasattr(xv.attention, n)])
+def test_every_attention_method_of_an_array(name, tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8))
+    model = ["--model", "tests.test_explain:attending", "--array", tmp_path / "x.npy"]
+    out = tmp_path / "out.png"
+    options = [part for each in OPTIONS.get(name, []) for part in ("--option", each)]
+    arguments = ["--method", name, *options, "--out", out]
+    code, said, error = run(capsys, *model, *arguments)
+    assert (code, error) == (0, "")
+    assert f"{name}: " in said
+    # LRP explains pixels.
+    assert ("drawn as 2 x 2 patches, the first 1 left out" in said) != ("lrp" in name)
+    assert out.read_bytes().startswith(PNG)
+
+
+def test_scores_of_several_sequences(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.linspace(-1, 1, 24, dtype=np.float32).reshape(6, 4))
+    model = ["--model", "tests.test_explain:probing", "--array", tmp_path / "x.npy"]
+    out = tmp_path / "out.svg"
+    arguments = ["--method", "attention_relevance", "--out", out]
+    code, said, error = run(capsys, *model, *arguments)
+    assert (code, error) == (0, "")
+    assert len(re.findall(r"strongest positions of \S+: \d: ", said)) == 2
+    assert "<svg" in out.read_text()
+
+
+def test_what_is_drawn_as_patches():
+    """Where tokens are surely patches; else as bars."""
+    assert show.patches((28, 28), 197) == (14, 14)
+    assert show.patches((224, 224, 3), 201) == (14, 14)
+    assert show.patches((224, 224, 3), 150) is None
+    # Rows may be tokens.
+    assert show.patches((16, 16), 17) is None
+    assert show.patches((64, 16), 16) is None
+    # Channels first.
+    assert show.patches((28, 28, 28), 197) is None
+    assert show.strongest(np.array([0.25, -1.0, 0.5])) == "1: -1, 2: 0.5, 0: 0.25"
 
 
 @pytest.mark.parametrize("name", [n for n in methods() if n not in ON_POSITIONS])
@@ -257,6 +314,10 @@ def test_methods_are_the_public_ones():
         (["--option", "steps"], "is NAME=VALUE with one of .*got 'steps'"),
         (["--option", "argnums=0"], "is NAME=VALUE with one of"),
         (["--option", "steps=0"], "steps"),
+        (
+            ["--method", "attention_rollout", "--option", "query=null"],
+            "`query` is one position here",
+        ),
         (["--out", "why.gif"], "ends in one of .*got why.gif"),
         (["--out", "nowhere/why.png"], "a folder that is there, got nowhere/why.png"),
         (["--position", "1"], "takes no `position`"),

@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from xviz_jax import plotting
 
@@ -74,3 +75,17 @@ def test_gallery_counts():
         plotting.gallery(images, {}, titles=["one"])
     with pytest.raises(ValueError, match="2 images have 3 scores of 'a'"):
         plotting.gallery(images, {"a": np.ones((3, 6, 6))})
+
+
+def test_positions_are_bars():
+    ax = Figure().add_subplot()
+    scores = np.array([0.5, -1.0, 0.0])
+    assert plotting.position_attribution(scores, ax=ax) is ax
+    bars = [bar for bar in ax.patches if isinstance(bar, Rectangle)]
+    assert [bar.get_height() for bar in bars] == scores.tolist()
+    assert bars[0].get_facecolor() != bars[1].get_facecolor()
+    alone = plotting.position_attribution(np.abs(scores)).patches
+    assert alone[0].get_facecolor() == alone[1].get_facecolor()
+    for wrong in (np.eye(2), np.zeros(0), np.full(3, np.nan)):
+        with pytest.raises(ValueError, match="`scores`"):
+            plotting.position_attribution(wrong)

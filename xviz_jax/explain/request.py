@@ -113,6 +113,8 @@ def _method(request: Request) -> tuple[Callable, dict[str, Any]]:
             options[name] = _as_array(json.loads(value))
         except ValueError:
             options[name] = value
+    if options.get("query", 0) is None:
+        raise ValueError("`query` is one position here, or weights: one row is drawn")
     needed = [p.name for p in parameters if p.default is p.empty]
     if missing := [name for name in needed if name not in options]:
         raise ValueError(f"{request.method} needs an `--option` for each of {missing}")

@@ -1,5 +1,6 @@
 """An attribution in the terminal, and as a picture."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -14,11 +15,16 @@ from xviz_jax.explain.subject import Subject
 from xviz_jax.models.image_view import ImageView
 from xviz_jax.models.text import Encoding
 from xviz_jax.plotting.image_attribution import image_attribution
+from xviz_jax.plotting.position_attribution import position_attribution
 from xviz_jax.plotting.text_attribution import drawable, text_attribution
 
 _RAISES, _LOWERS, _ALONE = (214, 39, 40), (31, 119, 180), (255, 127, 14)
 # Below this share of the strongest score a word is left as it is.
 _FAINT = 0.02
+# Positions without a picture that are named.
+_NAMED = 5
+# Class, distillation and register tokens before the patches of an image.
+_MOST_BEFORE = 8
 
 
 def attribution(
@@ -33,13 +39,15 @@ def attribution(
     Raises:
       ValueError: If the scores are not laid out like the input.
     """
-    scores = np.asarray(found.scores, np.float64)
-    if isinstance(subject.view, Encoding):
+    if isinstance(found.scores, Mapping):
+        axes = _sequences(found.scores, console)
+    elif isinstance(subject.view, Encoding):
+        scores = np.asarray(found.scores, np.float64)
         words, values = spelled(subject.view, scores, granularity)
         console.print(shaded(words, values))
         axes = text_attribution(words, values)
     else:
-        axes = _maps(scores, subject)
+        axes = _maps(np.asarray(found.scores, np.float64), subject, console)
     # A title is data: a dollar sign in it must not start a formula.
     axes.set_title(drawable(title), loc="left", fontsize=8, parse_math=False)
     figure = axes.get_figure(root=True)
@@ -101,22 +109,76 @@ def plain(text: str) -> Text:
     return Text(terminal(text))
 
 
-def _maps(scores: np.ndarray, subject: Subject) -> Axes:
-    """Draws the image, and beside it the scores of its pixels or patches."""
+def strongest(scores: np.ndarray) -> str:
+    """The strongest positions, in words."""
+    first = np.argsort(-np.abs(scores), kind="stable")[:_NAMED]
+    return ", ".join(f"{position}: {scores[position]:.4g}" for position in first)
+
+
+def patches(shape: tuple[int, ...], tokens: int) -> tuple[int, int] | None:
+    """Rows and columns of patches, where tokens are surely those of a square image.
+
+    Args:
+      shape: Of the input.
+      tokens: How many there are, those before the patches included.
+
+    Returns:
+      None if no size of patches fits, several do, or tokens may be rows of the input.
+    """
+    is_image = len(shape) == 2 or (len(shape) == 3 and shape[2] <= 4)
+    if not is_image or shape[0] != shape[1]:
+        return None
+    side = shape[0]
+    fits = lambda count: 0 <= tokens - count <= _MOST_BEFORE
+    found = [(n, n) for n in range(2, side + 1) if side % n == 0 and fits(n * n)]
+    return found[0] if len(found) == 1 and not fits(side) else None
+
+
+def _sequences(scores: Mapping[str, np.ndarray], console: Console) -> Axes:
+    """Draws the positions of each sequence, one above the other."""
+    figure = Figure(figsize=(6, 2 * len(scores)), layout="constrained")
+    all_axes = figure.subplots(len(scores), squeeze=False)[:, 0]
+    for axes, (name, each) in zip(all_axes, scores.items(), strict=True):
+        each = np.asarray(each, np.float64)
+        console.print(plain(f"strongest positions of {name}: {strongest(each)}"))
+        position_attribution(each, ax=axes)
+        axes.set_ylabel(drawable(name), parse_math=False)
+    return all_axes[0]
+
+
+def _maps(scores: np.ndarray, subject: Subject, console: Console) -> Axes:
+    """Draws the image, and beside it the scores of its pixels or patches.
+
+    Scores of positions that are no patches are drawn as bars.
+    """
     image = None
     if isinstance(subject.view, ImageView):
         image = subject.view.shown / 255
         if scores.ndim == 1:
             scores = subject.view.as_grid(scores)
-    elif scores.ndim == 1 or scores.ndim > 3:
-        raise ValueError(
-            f"scores of {list(scores.shape)} are no picture; a text or an image is "
-            "drawn, or an array [height, width] or [height, width, channels]"
-        )
-    elif np.asarray(subject.args[0]).ndim == 2:
-        image = np.asarray(subject.args[0], np.float64)
-        low, high = float(image.min()), float(image.max())
-        image = (image - low) / ((high - low) or 1.0)
+    else:
+        given = np.asarray(subject.args[0])
+        if scores.ndim == 1:
+            console.print(plain(f"strongest positions: {strongest(scores)}"))
+            grid = patches(given.shape, scores.size)
+            if grid is None:
+                return position_attribution(scores)
+            before = scores.size - grid[0] * grid[1]
+            said = (
+                f"drawn as {grid[0]} x {grid[1]} patches, the first {before} left out"
+            )
+            console.print(plain(said))
+            scores = scores[before:].reshape(grid)
+        elif scores.ndim > 3:
+            raise ValueError(
+                f"scores of {list(scores.shape)} are no picture; a text or an image "
+                "is drawn, positions, or an array [height, width] or [height, width, "
+                "channels]"
+            )
+        if given.ndim == 2:
+            image = np.asarray(given, np.float64)
+            low, high = float(image.min()), float(image.max())
+            image = (image - low) / ((high - low) or 1.0)
     height, width = scores.shape[:2] if image is None else image.shape[:2]
     figure = Figure(figsize=(6, 3 * height / width + 0.1), layout="compressed")
     left, right = figure.subplots(1, 2)
