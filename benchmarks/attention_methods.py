@@ -136,12 +136,12 @@ def main() -> None:
         f"`python benchmarks/attention_methods.py --save`, cpu ({platform.machine()}), "
         f"Python {platform.python_version()}, {versions}. Ours, the {options.clock} "
         "time: milliseconds, median; over the floor, of neighbours in time, median and "
-        "spread; torch over ours; peak memory beyond weights and input, ours and "
-        "torch's; the error of a row to torch's, of its greatest entry.",
+        "spread; torch over ours; peak memory beyond weights and input, ours, the "
+        "floor's and torch's; the error of a row to torch's, of its greatest entry.",
         "",
         "| model | method | ms | over its floor | spread | torch / ours | MB | "
-        "torch MB | error |",
-        "|---" * 9 + "|",
+        "floor MB | torch MB | error |",
+        "|---" * 10 + "|",
     ]
     for size in sizes:
         if options.only not in size.name:
@@ -155,9 +155,11 @@ def main() -> None:
                 "peer": peer,
             }
             times = worker("times", base)
-            measured = ["rollout"] if options.small else ["rollout", "relevance"]
+            measured = ["rollout", "forward"]
+            if not options.small:
+                measured = [*FLOORS, *dict.fromkeys(FLOORS.values())]
             if peer:
-                measured += [f"torch {n}" for n in measured]
+                measured += ["torch rollout", "torch relevance"]
             used = {n: worker("memory", {**base, "method": n}) for n in measured}
         for n in times:
             lines.append(row(size.name, n, times[n], used))
@@ -179,7 +181,7 @@ def row(model: str, name: str, times: dict, used: dict) -> str:
     if "peer" in times:
         theirs = [a / b for a, b in zip(times["peer"], times["beside"], strict=True)]
         ratio, error = f"{statistics.median(theirs):.2f}", f"{times['error']:.0e}"
-    cells += [ratio, size(name), size(f"torch {name}"), error]
+    cells += [ratio, size(name), size(FLOORS[name]), size(f"torch {name}"), error]
     return f"| {model} | {name} | " + " | ".join(cells) + " |"
 
 
