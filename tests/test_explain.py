@@ -270,6 +270,47 @@ def test_scores_of_several_sequences(tmp_path, capsys):
     assert "<svg" in out.read_text()
 
 
+def test_all_of_a_text_is_shown():
+    """Also what no token stands for."""
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0}, unk_token="?"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split("!", "removed")
+    encoding = TextProcessor(made)("!so! good!!")
+    words, values = show.spelled(encoding, np.ones(len(encoding.ids)), "token")
+    assert "".join(words) == "!so! good!!"
+    assert len(words) == len(values)
+
+
+def test_lists_of_integers_for_an_array(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.full((2, 3), 2, np.float32))
+    model = ["--model", "tests.test_explain:linear", "--array", tmp_path / "x.npy"]
+    options = ["--target", "1", "--option", "baseline=[[0,0,0],[1,1,1]]"]
+    code, said, error = run(capsys, *model, *options)
+    assert (code, error) == (0, "")
+    assert "integrated_gradients: 1, 30" in said
+    groups = ["--method", "feature_ablation", "--option", "groups=[[0,0,1],[1,2,2]]"]
+    code, said, error = run(capsys, *model, *groups)
+    assert (code, error) == (0, "")
+
+
+def test_names_of_the_embedded_model(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.zeros((28, 28), np.float32))
+    model = ["--model", "embedded", "--array", tmp_path / "x.npy"]
+    code, said, _ = run(capsys, *model, "--method", "saliency", "--target", "Bag")
+    assert code == 0
+    assert "saliency: Bag, " in said
+
+
+def test_a_colour_image_of_an_array():
+    image = np.random.default_rng(0).uniform(size=(4, 4, 3)).astype(np.float32)
+    of = Subject(
+        forward=lambda _, x: x, parameters=None, args=(jnp.asarray(image),), view=None
+    )
+    found = xv.Attribution(scores=jnp.asarray(image), output=jnp.float32(0))
+    figure = show.attribution(of, found, "word", "title", Console(quiet=True))
+    left, right = figure.axes
+    assert left.get_images() and right.get_images()
+
+
 def test_what_is_drawn_as_patches():
     """Where tokens are surely patches; else as bars."""
     assert show.patches((28, 28), 197) == (14, 14)
@@ -341,6 +382,9 @@ def test_wrong_calls(arguments, said, folder, capsys):
         (["embedded", "--array", "no.npy", "--position", "1"], "not for a function"),
         (["math:sin", "--image", "a", "--pair", "b"], "needs a first"),
         (["nowhere:f", "--array", "a"], "cannot be imported"),
+        (["embedded", "--array", "{tmp}/wrong.npy"], "TypeError: "),
+        (["embedded", "--array", "{tmp}/none.npy"], "an array of [0], wanted"),
+        (["{gpt2}", "--text", "film", "--pair", "good"], "takes no pair of texts"),
         (["nowhere", "--text", "a"], "there is no checkpoint at nowhere"),
         ([str(GOLDENS / "text" / "bert"), "--image", "a"], "the model reads texts"),
         ([str(GOLDENS / "text" / "bert"), "--text", "a"], "has no tokenizer.json"),
@@ -348,7 +392,11 @@ def test_wrong_calls(arguments, said, folder, capsys):
         ([str(GOLDENS / "vision" / "vit"), "--text", "a"], "the model reads images"),
     ],
 )
-def test_wrong_sources(arguments, said, capsys):
+def test_wrong_sources(arguments, said, folder, tmp_path, capsys):
+    np.save(tmp_path / "wrong.npy", np.zeros(6, np.float32))
+    np.save(tmp_path / "none.npy", np.zeros(0, np.float32))
+    gpt2 = folder("gpt2_sequence") if "{gpt2}" in arguments else ""
+    arguments = [each.format(tmp=tmp_path, gpt2=gpt2) for each in arguments]
     code, printed, error = run(capsys, "--model", *arguments)
     assert (code, printed) == (2, "")
     assert said in error

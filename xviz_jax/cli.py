@@ -8,6 +8,16 @@ from typing import Any
 
 from xviz_jax._version import __version__
 
+# What a wrong call ends in, in the library or in a model that cannot take its input.
+_REFUSED = (
+    ImportError,
+    NotImplementedError,
+    OSError,
+    OverflowError,
+    TypeError,
+    ValueError,
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0 done, 2 bad call, more of `audit`."""
@@ -76,7 +86,7 @@ def _explain_arguments(commands: Any) -> None:
         "explain",
         help="explain one text or image with a published checkpoint",
         description="Prints the text with its words shaded (red raises the output, "
-        "blue lowers it; orange where a method knows no sign), and draws a picture.",
+        "blue lowers it; orange where no score is negative), and draws a picture.",
     )
     explain.add_argument(
         "--model",
@@ -232,9 +242,8 @@ def _compare(arguments: argparse.Namespace) -> int:
     options["methods"] = tuple(arguments.methods.split(","))
     try:
         compare_command.run(**options, console=Console())
-    except (ValueError, ImportError) as error:
-        print(f"xviz-jax compare: {error}", file=sys.stderr)
-        return 2
+    except _REFUSED as error:
+        return _refuse("compare", error)
     return 0
 
 
@@ -270,9 +279,8 @@ def _explain(arguments: argparse.Namespace) -> int:
     del options["command"]
     try:
         explain.run(explain.Request(**options), Console())
-    except (ValueError, ImportError) as error:
-        print(f"xviz-jax explain: {error}", file=sys.stderr)
-        return 2
+    except _REFUSED as error:
+        return _refuse("explain", error)
     return 0
 
 
@@ -303,11 +311,18 @@ def _doctor(arguments: argparse.Namespace) -> int:
         args = tuple(map(doctor.parse_input, arguments.input)) or known
         if not args:
             raise ValueError("pass --input for each argument of the model")
-    except ValueError as error:
-        print(f"xviz-jax doctor: {error}", file=sys.stderr)
-        return 2
-    doctor.report(model, args, Console())
+        doctor.report(model, args, Console())
+    except _REFUSED as error:
+        return _refuse("doctor", error)
     return 0
+
+
+def _refuse(command: str, error: Exception) -> int:
+    """Says what was wrong, and of which kind it was where a model may have said it."""
+    own = isinstance(error, ValueError | ImportError)
+    kind = "" if own else f"{type(error).__name__}: "
+    print(f"xviz-jax {command}: {kind}{error}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

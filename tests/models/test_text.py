@@ -137,6 +137,18 @@ def test_what_a_word_is(words, wanted):
     assert [piece.text for piece in pieces if not piece.text.isspace()] == wanted
 
 
+def test_a_token_of_several_words():
+    """Signs that one token stands for are one piece, and no character is lost."""
+    words = {"good": 0, "...": 1, ":)": 2, " ": 3, "yes": 4, ").": 5, "?": 6}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
+    signs = tokenizers.Regex(r"\w+|\s|[^\w\s]+")
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split(signs, "isolated")
+    found = TextProcessor(made)("good... :) yes).")
+    pieces = found.pieces(np.arange(7.0), granularity="word")
+    shown = [(piece.text, piece.score) for piece in pieces if piece.text != " "]
+    assert shown == [("good", 0), ("...", 1), (":)", 3), ("yes", 5), (").", 6)]
+
+
 def test_nothing_is_cut_off_unsaid(tmp_path):
     encode = build(tmp_path, padding=True)
     assert len(encode("good good good good").ids) == 6

@@ -324,7 +324,7 @@ def linear_attention_causal():
     return model, (tokens(), weights())
 
 
-@case()
+@case("unknown")
 def linear_attention_unnormalised():
     """Retention: a decayed product of queries and keys, and no softmax."""
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from xviz_jax.attention.layers import KeepOf
+from xviz_jax.attention.masking import attended_in
 from xviz_jax.attention.queries import Query
 from xviz_jax.kernels.attention_map import HeadFusion, Relevance
 
@@ -84,8 +85,10 @@ class Fusion:
         if self.head_weights is not None:
             return None
         if self.relevance == "attention":
-            plain = lambda values: self.of_heads(values["probabilities"])
-            return lambda _, values: {"probabilities": plain(values)}
+            return lambda site, values: {
+                "probabilities": self.of_heads(values["probabilities"]),
+                "attended": attended_in(site, values),
+            }
         if isinstance(query, str) and query == "mean":
             return None
         weighed = lambda values: self.of_heads(

@@ -24,8 +24,8 @@ _SMALL_MAP = 8 * 2**20
 # One that the model makes anyway is read there, of a head of 2,048 positions at most.
 _FUSED_MAP = 16 * 2**20
 _TILED = ("query", "key", "bias", "remaining_mask")
-_DENSE = ("probabilities",)
-_INSIDE = ("probabilities", "bias", "remaining_mask")
+# What masks a map tells padding where a row of nothing but padding is none of zeros.
+_DENSE = ("probabilities", "bias", "remaining_mask")
 KeepOf = Callable[[Site, dict[str, jax.Array]], dict[str, jax.Array]]
 
 
@@ -87,7 +87,7 @@ def capture_of(
         }
     if scalar is None:
         wanted = {
-            site.name: _INSIDE if site.name in inside else _to_read(site, sites)
+            site.name: _DENSE if site.name in inside else _to_read(site, sites)
             for site in sites
         }
         output, found = read(program, wanted, once=True, keep=inside)

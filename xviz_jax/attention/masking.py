@@ -9,8 +9,9 @@ from xviz_jax.attention.stack import Layer, pick
 from xviz_jax.tracing import Site
 from xviz_jax.tracing.site import positions
 
-# What is added to the scores of keys that are not to be seen is at most this.
-_MASKING_BIAS = -9e3
+# What is added to the scores of keys that are not to be seen is at most this: -1e4 of
+# products that are scaled later is less, and in float32 an exponential of it is zero.
+_MASKING_BIAS = -250.0
 
 
 def attended(layers: Sequence[Layer]) -> jax.Array:
@@ -24,6 +25,8 @@ def attended(layers: Sequence[Layer]) -> jax.Array:
 
 def attended_in(site: Site, values: Mapping[str, jax.Array]) -> jax.Array:
     """As `attended`, of the values of one layer: what masks it, or its map."""
+    if "attended" in values:
+        return values["attended"]
     masking = [name for name in ("bias", "remaining_mask") if name in site.values]
     told = site.scale is not None and all(name in values for name in masking)
     if "probabilities" in values and not told:

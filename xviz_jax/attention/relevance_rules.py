@@ -27,6 +27,7 @@ from xviz_jax.tracing import compat, interpreter
 from xviz_jax.tracing.compat import Literal
 from xviz_jax.tracing.graph import Atom, Body, Node
 from xviz_jax.tracing.interpreter import Plan
+from xviz_jax.tracing.origins import same_result
 from xviz_jax.tracing.program import Program, trace
 
 _CURVED = (
@@ -200,6 +201,8 @@ class _Edits:
         name, out = node.primitive, node.outs[0]
         if name not in (*_CURVED, *_ELEMENTWISE):
             return
+        if name == "exp" and self._log_softmax(node.ins[0]):
+            return
         live = [atom for atom in node.ins if self._is_live(atom)]
         others = [atom for atom in node.ins if not self._is_live(atom)]
         if name == "select_n":
@@ -267,11 +270,14 @@ class _Edits:
         """Edits one operation, and says which operands the gradient goes on to."""
         name, out = node.primitive, node.outs[0]
         live = [i for i, atom in enumerate(node.ins) if self._is_live(atom)]
+        if out in self.ordinary:
+            return node.ins
         root, bends = self.roots.get(out, (0, False))
-        if bends and out not in self.ordinary:
+        if bends:
             self.bent[out] = (body, root)
             return [root]
-        if out in self.ordinary and name == "exp":
+        if name == "exp":
+            self.ordinary |= self._log_softmax(node.ins[0])
             return node.ins
         if name == "div" and 1 in live and 0 in live:
             return self._quotient(body, node)
@@ -287,7 +293,7 @@ class _Edits:
 
     def _quotient(self, body: Body, node: Node) -> list[Atom]:
         above, below = node.ins
-        exponentials = self._softmax(node)
+        exponentials = self._softmax(above, below)
         if exponentials:
             self.ordinary |= exponentials
             return node.ins
@@ -301,22 +307,83 @@ class _Edits:
         )
 
     def _product(self, body: Body, node: Node) -> list[Atom]:
-        for operand in (0, 1):
-            atom, other = node.ins[operand], node.ins[1 - operand]
-            gate = self.conservative and (
-                self._is_probability(atom)
-                if node.primitive == "dot_general"
-                else self.roots.get(atom, (0, False))[1] or self._is_probability(atom)
-            )
-            if gate or (node.primitive == "mul" and self._is_norm(atom)):
-                self.shares[node, operand] = (body, 0.0)
-                return [other]
+        softmax = self._inverted_softmax(node)
+        if softmax:
+            self.ordinary |= softmax
+            return node.ins
+        is_mul = node.primitive == "mul"
+        # What a norm scales may itself look like a gate.
+        constant = [n for n in (0, 1) if is_mul and self._is_norm(node.ins[n])]
+        if self.conservative and not constant:
+            constant = [n for n in (0, 1) if self._is_gate(node, node.ins[n])]
+        if constant:
+            self.shares[node, constant[0]] = (body, 0.0)
+            return [node.ins[1 - constant[0]]]
         self.halved[node.outs[0]] = body
         return node.ins
 
-    def _softmax(self, node: Node) -> set[int]:
+    def _is_gate(self, node: Node, atom: Atom) -> bool:
+        bends = node.primitive != "dot_general" and self.roots.get(atom, (0, False))[1]
+        return bends or self._is_probability(atom)
+
+    def _inverted_softmax(self, node: Node) -> set[int]:
+        """What a softmax is made of that multiplies by one over its sum; or nothing."""
+        if node.primitive != "mul":
+            return set()
+        for above, below in (node.ins, node.ins[::-1]):
+            passed = set()
+            while (source := self.graph.source(below)) and source.primitive in _SHAPING:
+                below = source.ins[0]
+            if source is None:
+                continue
+            if source.primitive == "div" and not self._is_live(source.ins[0]):
+                passed, below = set(source.outs), source.ins[1]
+            elif source.primitive == "integer_pow" and source.params["y"] == -1:
+                passed, below = set(source.outs), source.ins[0]
+            exponentials = self._softmax(above, below) if passed else set()
+            if exponentials:
+                return exponentials | passed
+        return set()
+
+    def _log_softmax(self, atom: Atom) -> set[int]:
+        """What the logarithm of a softmax is made of; nothing of anything else."""
+        source = self.graph.source(atom)
+        while source is not None and source.primitive in _SHAPING:
+            source = self.graph.source(source.ins[0])
+        if source is None or source.primitive != "sub":
+            return set()
+        scores, below = self._unshifted(source.ins[0]), source.ins[1]
+        passed: set[int] = set()
+        for _ in range(_LONGEST_WALK):
+            source = self.graph.source(below)
+            if source is None:
+                return set()
+            live = [each for each in source.ins if self._is_live(each)]
+            if source.primitive == "exp":
+                same = self._unshifted(source.ins[0]) == scores
+                return passed | set(source.outs) if same and passed else set()
+            if source.primitive in ("abs", "log"):
+                passed |= set(source.outs)
+            elif source.primitive not in (*_SHAPING, "add", "reduce_sum"):
+                return set()
+            if len(live) != 1:
+                return set()
+            below = live[0]
+        return set()
+
+    def _unshifted(self, atom: Atom) -> Atom:
+        """Scores before what no relevance flows through was subtracted."""
+        for _ in range(_LONGEST_WALK):
+            source = self.graph.source(atom)
+            if source is None or source.primitive not in (*_SHAPING, "sub"):
+                break
+            if source.primitive == "sub" and self._is_live(source.ins[1]):
+                break
+            atom = source.ins[0]
+        return atom
+
+    def _softmax(self, above: Atom, below: Atom) -> set[int]:
         """The exponentials that a quotient normalises, by whatever names; or none."""
-        above, below = node.ins
         for _ in range(_LONGEST_WALK):
             source = self.graph.source(below)
             if source is None:
@@ -337,7 +404,7 @@ class _Edits:
             if source is None:
                 return set()
             if source.primitive == "exp":
-                return passed if summed & passed else set()
+                return passed | summed if self._is_same(source, summed) else set()
             live = [atom for atom in source.ins if self._is_live(atom)]
             shaping = (*_SHAPING, "mul", "select_n")
             if source.primitive not in shaping or len(live) != 1:
@@ -345,6 +412,14 @@ class _Edits:
             above = live[0]
             passed.add(above)
         return set()
+
+    def _is_same(self, exponential: Node, summed: set[int]) -> bool:
+        """Whether an exponential is what is summed, or is written there once more."""
+        sources = map(self.graph.source, summed)
+        return any(
+            source is not None and same_result(self.graph, source, exponential)
+            for source in sources
+        )
 
     def _is_norm(self, atom: Atom) -> bool:
         """Whether a value is a power of sums over features, but for constants."""
@@ -367,11 +442,12 @@ class _Edits:
         waiting, steps = [atom], 0
         while waiting and steps < _LONGEST_WALK:
             node, steps = self.graph.source(waiting.pop()), steps + 1
-            if node is None or node.primitive not in (
-                *_SHAPING,
-                *_STATISTIC,
-                "reduce_sum",
-            ):
+            if node is None:
+                return False
+            if node.primitive == "dot_general" and node.ins[0] == node.ins[1]:
+                # A sum of squares.
+                continue
+            if node.primitive not in (*_SHAPING, *_STATISTIC, "reduce_sum"):
                 return False
             if node.primitive != "reduce_sum":
                 waiting += [each for each in node.ins if self._is_live(each)]
@@ -384,8 +460,13 @@ class _Edits:
                 return False
             live = [each for each in node.ins if self._is_live(each)]
             if node.primitive == "div" and len(live) == 2:
-                return bool(self._softmax(node))
-            if node.primitive not in (*_SHAPING, "mul", "select_n") or len(live) != 1:
+                return bool(self._softmax(*node.ins))
+            if node.primitive == "mul" and len(live) == 2:
+                return bool(self._inverted_softmax(node))
+            if node.primitive == "exp":
+                return bool(self._log_softmax(node.ins[0]))
+            passing = (*_SHAPING, "mul", "select_n", "slice")
+            if node.primitive not in passing or len(live) != 1:
                 return False
             atom = live[0]
         return False

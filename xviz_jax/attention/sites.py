@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from xviz_jax.attention.stack import is_chunked
-from xviz_jax.attention.streams import crossing
+from xviz_jax.attention.streams import check_positions, crossing
 from xviz_jax.tracing import Site
 from xviz_jax.tracing.program import Program
 from xviz_jax.tracing.site import positions
@@ -16,6 +16,7 @@ def of_one_sequence(program: Program) -> tuple[Site, ...]:
       ValueError: As there; and if a site attends from one sequence to another.
     """
     sites = self_attention(program.sites)
+    check_positions(program, sites)
     other = crossing(program, sites)
     if other is not None:
         raise ValueError(
@@ -56,9 +57,25 @@ def readable(sites: Sequence[Site]) -> tuple[Site, ...]:
         raise ValueError(
             f"the model has no attention to explain; tracing found {', '.join(kinds)}"
         )
+    for site in sites:
+        _check_left_out(site)
     for site in found:
         _check(site)
     return found
+
+
+def _check_left_out(site: Site) -> None:
+    """Refuses what mixes positions and is no attention: it must not be passed over."""
+    if site.kind == "inverted":
+        raise ValueError(
+            f"the softmax of {site.name!r} is over queries, not over keys; this method "
+            "does not see what it mixes"
+        )
+    if site.kind == "pooling" and site.shape[-2] > 1:
+        raise ValueError(
+            f"the scores of {site.name!r} are no product of queries and keys; this "
+            "method does not see what it mixes"
+        )
 
 
 def named(sites: Sequence[Site], name: str) -> Site:

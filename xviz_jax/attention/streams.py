@@ -2,8 +2,9 @@
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 
-from xviz_jax.tracing import Site
+from xviz_jax.tracing import Site, reordering
 from xviz_jax.tracing.program import Program
 from xviz_jax.tracing.sequences import Place, Run, Sequences
 from xviz_jax.tracing.site import positions
@@ -75,6 +76,49 @@ def crossing(program: Program, sites: Sequence[Site]) -> Site | None:
     return None
 
 
+def is_one(program: Program, sites: Sequence[Site]) -> bool:
+    """Whether all sites seem to run over one sequence: nothing tells them apart."""
+    if crossing(program, sites) is not None:
+        return False
+    sequences = Sequences(program)
+    runs = [
+        sequences.run(site.name, "query")
+        for site in sites
+        if site.turns[-1:] != ("queries",)
+    ]
+    whole = [run.origins for run in runs if run.origins and not run.cut]
+    return all(whole[0] & origins for origins in whole[1:])
+
+
+def check_positions(program: Program, sites: Sequence[Site]) -> None:
+    """Refuses models whose scores would be of the wrong positions.
+
+    Raises:
+      ValueError: If positions are permuted between or around attention, or if the keys
+        of a site are of one sequence and its values of another.
+    """
+    sequences = Sequences(program)
+    node = reordering.find(sequences)
+    if node is not None:
+        where = f" in {node.scope!r}" if node.scope else ""
+        raise ValueError(
+            f"{node.primitive!r}{where} puts positions that attention wrote into "
+            "another order, and scores would be of the wrong ones; if they are another "
+            "sequence then, name it in `streams`"
+        )
+    for site in sites:
+        key, value = (sequences.run(site.name, side) for side in ("key", "value"))
+        told = all(run.origins and not run.cut for run in (key, value))
+        # Constants are of any sequence: values, or keys of constant queries.
+        constant = partial(sequences.is_constant, site.name)
+        fixed = constant("value") or (constant("key") and constant("query"))
+        if told and not fixed and not key.origins & value.origins:
+            raise ValueError(
+                f"the keys of {site.name!r} are of one sequence and its values of "
+                "another; this method gives to keys what is of values"
+            )
+
+
 def several(
     program: Program, sites: Sequence[Site], given: Naming | None
 ) -> Streams | None:
@@ -83,8 +127,10 @@ def several(
     Raises:
       ValueError: As `find`.
     """
+    if given is None:
+        check_positions(program, sites)
     lengths = {length for site in sites for length in positions(site)}
-    if given is None and len(lengths) == 1 and crossing(program, sites) is None:
+    if given is None and len(lengths) == 1 and is_one(program, sites):
         return None
     found = find(program, sites, given)
     return found if len(found.lengths) > 1 else None

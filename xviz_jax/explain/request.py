@@ -75,6 +75,9 @@ def run(request: Request, console: Console) -> Attribution:
     if subject.baseline is not None:
         given["baseline"] = subject.baseline
     options = {name: given[name] for name in given if name in known} | options
+    if isinstance(options.get("baseline"), jax.Array):
+        # Numbers without a point are of the input's kind.
+        options["baseline"] = options["baseline"].astype(subject.args[0].dtype)
     explain = method(subject.forward, **options)
     chosen = choose(subject, request.target, request.versus, request.against)
 
@@ -110,7 +113,7 @@ def _method(request: Request) -> tuple[Callable, dict[str, Any]]:
                 f"`--option` is NAME=VALUE with one of {names}, got {option!r}"
             )
         try:
-            options[name] = _as_array(json.loads(value))
+            options[name] = _as_array(name, json.loads(value))
         except ValueError:
             options[name] = value
     if options.get("query", 0) is None:
@@ -121,10 +124,12 @@ def _method(request: Request) -> tuple[Callable, dict[str, Any]]:
     return method, options
 
 
-def _as_array(value: Any) -> Any:
-    """Weights and baselines are arrays; axes and sizes, a list of integers."""
-    is_list = isinstance(value, list)
-    if is_list and any(isinstance(each, float | list) for each in value):
+def _as_array(name: str, value: Any) -> Any:
+    """Weights and what is laid out like an input are arrays; axes and sizes, lists."""
+    if not isinstance(value, list):
+        return value
+    like_input = name in ("baseline", "baselines", "groups")
+    if like_input or any(isinstance(each, float | list) for each in value):
         return jnp.asarray(value)
     return value
 

@@ -66,8 +66,20 @@ def spelled(
     encoding: Encoding, scores: np.ndarray, granularity: Literal["token", "word"]
 ) -> tuple[list[str], np.ndarray]:
     """Words with the characters before them, and the score of each."""
-    words, values, reached = [], [], [0] * len(encoding.texts)
+    words: list[str] = []
+    values: list[float] = []
+    reached, current = [0] * len(encoding.texts), -1
+
+    def finish() -> None:
+        """What no token stands for, at the end of a text."""
+        if current >= 0 and (rest := encoding.texts[current][reached[current] :]):
+            words.append(rest)
+            values.append(0.0)
+
     for piece in encoding.pieces(scores, granularity=granularity):
+        if piece.part != current:
+            finish()
+            current = piece.part
         if piece.part < 0:
             words.append(f" {piece.text}" if words else piece.text)
         else:
@@ -79,6 +91,7 @@ def spelled(
             text = encoding.texts[piece.part][begin : piece.end]
             words.append((" " if after_name else gap) + text)
         values.append(piece.score)
+    finish()
     return words, np.array(values)
 
 
@@ -175,7 +188,7 @@ def _maps(scores: np.ndarray, subject: Subject, console: Console) -> Axes:
                 "is drawn, positions, or an array [height, width] or [height, width, "
                 "channels]"
             )
-        if given.ndim == 2:
+        if given.ndim == 2 or given.shape[2:] in ((1,), (3,)):
             image = np.asarray(given, np.float64)
             low, high = float(image.min()), float(image.max())
             image = (image - low) / ((high - low) or 1.0)

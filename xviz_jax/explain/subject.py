@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xviz_jax import arrays, doctor, models
+from xviz_jax.models import embedded
 from xviz_jax.models.image_view import ImageView
 from xviz_jax.models.text import Encoding
 
@@ -67,7 +68,12 @@ def of_function(
     forward = lambda _, *args: model(*args)
     if array is not None:
         args = (jnp.asarray(_array(array)),)
-        return Subject(forward=forward, parameters=None, args=args, view=None)
+        named: dict[str, Any] = {}
+        if name == "embedded":
+            classes = tuple(embedded.card()["classes"])
+            named["name"] = classes.__getitem__
+            named["find"] = lambda label: _label(classes, label)
+        return Subject(forward=forward, parameters=None, args=args, view=None, **named)
     if folder is None or source is None:
         raise ValueError(
             "a function's text or image is read as a checkpoint reads it: pass "
@@ -118,6 +124,11 @@ def of_checkpoint(
     forward, parameters = model.functional(
         **({} if position is None else {"position": position})
     )
+    if pair is not None:
+        try:
+            jax.eval_shape(forward, parameters, *args)
+        except TypeError as error:
+            raise ValueError("the model takes no pair of texts") from error
     baseline = None
     if words is not None and isinstance(view, Encoding):
         baseline = _padded(words, view)
@@ -150,6 +161,11 @@ def _array(path: Path) -> np.ndarray:
         raise ValueError(f"{path} holds no array: {error}") from error
     if "" not in found:
         raise ValueError(f"{path} holds several arrays, wanted a .npy file")
+    if not found[""].size or not found[""].ndim:
+        raise ValueError(
+            f"{path} holds an array of {list(found[''].shape)}, wanted some numbers "
+            "along an axis or more"
+        )
     return found[""]
 
 

@@ -69,7 +69,7 @@ class Encoding:
 
         A word is a run of letters, marks and digits, with what an apostrophe joins;
         any other sign is one of its own. A token belongs to the word that its first
-        character other than a space is in.
+        character other than a space is in; what lies in several makes one of them.
 
         Args:
           scores: [length], one for each token; padding's are left out.
@@ -91,9 +91,10 @@ class Encoding:
             if granularity == "word":
                 begin, end = _word(self.texts[part], begin, end)
                 last = pieces[-1] if pieces else None
-                if last and (last.part, last.begin, last.end) == (part, begin, end):
-                    pieces[-1] = dataclasses.replace(last, score=last.score + score)
-                    continue
+                if last and last.part == part and begin < last.end and begin < end:
+                    score, begin = last.score + score, min(begin, last.begin)
+                    end = max(end, last.end)
+                    pieces.pop()
             pieces.append(Piece(self.texts[part][begin:end], score, begin, end, part))
         return pieces
 
@@ -130,15 +131,14 @@ class Encoding:
 
 
 def _word(text: str, begin: int, end: int) -> tuple[int, int]:
-    """The word that a token is in; a token of spaces stays what it is."""
-    first = next((i for i in range(begin, end) if not text[i].isspace()), None)
-    if first is None:
+    """The words that a token is in; a token of spaces stays what it is."""
+    seen = [i for i in range(begin, end) if not text[i].isspace()]
+    if not seen:
         return begin, end
     kinds = "".join(map(_kind, text))
-    for found in _WORDS.finditer(kinds):
-        if found.start() <= first < found.end():
-            return found.span()
-    return begin, end
+    spans = [found.span() for found in _WORDS.finditer(kinds)]
+    own = [span for span in spans if span[0] <= seen[-1] and seen[0] < span[1]]
+    return own[0][0], own[-1][1]
 
 
 def _kind(character: str) -> str:

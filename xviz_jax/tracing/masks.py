@@ -175,7 +175,8 @@ class _Reader:
         if node.primitive in ("ge", "gt", "le", "lt"):
             shape = graph.shape(atom)
             a, b = (self._affine(each, shape) for each in node.ins)
-            if a is None or b is None:
+            # Only between integers is less than one number at most the one before.
+            if a is None or b is None or not all(map(self._is_integer, node.ins)):
                 return None
             gap = a - b if node.primitive in ("ge", "gt") else b - a
             strict = node.primitive in ("gt", "lt")
@@ -228,7 +229,8 @@ class _Reader:
             slopes[node.params["dimension"]] = 1.0
             return _Affine(tuple(slopes), 0.0)
         if node.primitive in ("convert_element_type", "copy"):
-            return self._affine(node.ins[0], shape)
+            truncated = self._is_integer(atom) and not self._is_integer(node.ins[0])
+            return None if truncated else self._affine(node.ins[0], shape)
         if node.primitive in ("add", "sub"):
             a, b = (self._affine(each, own) for each in node.ins)
             if a is None or b is None:
@@ -246,6 +248,9 @@ class _Reader:
             moved = None if inner is None else self._moved(node, (inner,))
             return None if moved is None else moved[0]
         return None
+
+    def _is_integer(self, atom: Atom) -> bool:
+        return bool(np.issubdtype(self.graph.aval(atom).dtype, np.integer))
 
     def _multiplied(self, node: Node, shape: tuple[int, ...]) -> _Affine | None:
         for a, b in (node.ins, node.ins[::-1]):

@@ -18,7 +18,7 @@ from xviz_jax.tracing.axes import AxisMap, axes_of
 from xviz_jax.tracing.compat import Literal
 from xviz_jax.tracing.graph import Atom, Body, Graph, Node
 from xviz_jax.tracing.origins import same_result
-from xviz_jax.tracing.softmax import Combine, Softmax
+from xviz_jax.tracing.softmax import Combine, Deferred, Softmax
 
 _UNCHANGED = {
     "add_any",
@@ -67,7 +67,21 @@ _PASSES = {
     "log_sum": _UNCHANGED | {"abs", "add", "clamp", "max", "select_n"},
     "log_probability": _UNCHANGED | {"select_n"},
     "probability": _UNCHANGED
-    | {"add", "clamp", "div", "max", "min", "mul", "select_n", "sub"},
+    | {
+        "abs",
+        "add",
+        "clamp",
+        "div",
+        "integer_pow",
+        "max",
+        "min",
+        "mul",
+        "pow",
+        "select_n",
+        "sqrt",
+        "square",
+        "sub",
+    },
     "numerator": _UNCHANGED,
 }
 # A network may add many products up; the newest are the ones that matter.
@@ -155,7 +169,7 @@ class _Finder:
                 if kind == "exponential":
                     numerator = _Tag(axis_maps.identity(shape), combine=combine)
                     self.tags.add(node.outs[0], "numerator", softmax, numerator)
-                elif softmax.keys and not combine.summed() & softmax.keys:
+                elif softmax.keys and self._mixes_heads(softmax, combine):
                     # Heads are mixed (talking heads): still probabilities.
                     axes = [axis_maps.repeated(size) for size in shape]
                     for axis, out in mine.out.items():
@@ -165,6 +179,21 @@ class _Finder:
             self._mix_scores(node, operand, sides)
         own = _Tag(axis_maps.identity(shape))
         self.tags.add(node.outs[0], "score", node, own)
+
+    def _mixes_heads(self, softmax: Softmax, combine: Combine) -> bool:
+        """Whether a product sums over neither the queries nor the keys."""
+        summed = combine.summed()
+        if summed & softmax.keys or not softmax.scores:
+            return not summed & softmax.keys
+        for product, own in softmax.scores.items():
+            places = {
+                side.out[axis]
+                for side in axis_maps.sides(self.graph, product) or ()
+                for axis in side.free
+            }
+            if not any(axes_of(own[axis]) & places for axis in summed):
+                return True
+        return False
 
     def _mix_scores(self, node: Node, operand: int, sides: tuple) -> None:
         """A product over the head axis of scores leaves scores (talking heads)."""
@@ -259,13 +288,21 @@ class _Finder:
         for above, below in orders:
             weights = self.tags.of(node.ins[above], "exponential", "numerator")
             for kind, softmax, tag in weights:
-                if self.tags.get(node.ins[below], by, softmax) is None:
+                total = self.tags.get(node.ins[below], by, softmax)
+                if total is None:
                     continue
                 divided = True
                 if kind == "exponential":
                     self._set_probability(softmax, node.outs[0], tag.axes)
                 elif softmax.deferred is None and tag.combine is not None:
-                    softmax.deferred = (tag.combine, node.outs[0], tag.axes)
+                    softmax.deferred = Deferred(
+                        tag.combine,
+                        node.outs[0],
+                        tag.axes,
+                        node.ins[below],
+                        total.axes,
+                        by == "inverse",
+                    )
         if node.primitive == "div" and not divided:
             for _, softmax, tag in self.tags.of(node.ins[1], "sum"):
                 self.tags.add(node.outs[0], "inverse", softmax, tag)

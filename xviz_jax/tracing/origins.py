@@ -60,13 +60,14 @@ def _step_back(graph: Graph, node: Node, atom: Atom, axis: int):
                 if wide:
                     return source, wide[0].axis
         elif shape == result and len(node.outs) == 1:
-            if len(node.ins) > 1 and _repeats(graph, source, axis):
+            if len(node.ins) > 1 and is_repeated(graph, source, axis):
                 continue
             return source, axis
     return None
 
 
-def _repeats(graph: Graph, atom: Atom, axis: int) -> bool:
+def is_repeated(graph: Graph, atom: Atom, axis: int) -> bool:
+    """Whether a value is the same all along an axis, for it was broadcast there."""
     node = graph.source(atom)
     if node is None or node.primitive != "broadcast_in_dim":
         return False

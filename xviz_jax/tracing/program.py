@@ -16,6 +16,7 @@ from xviz_jax.tracing import (
     loops,
     masks,
     matcher,
+    mixing,
     neighbours,
     roles,
     scores,
@@ -37,6 +38,9 @@ _ACTIVATIONS = ("named", "block", "embedding", "convolution")
 _ENDLESS = (
     "it lies in a `while_loop`, and how often that turns is not known beforehand; "
     "`fori_loop` with fixed bounds can be read"
+)
+_UNWEIGHED = (
+    "it weighs positions by a function of scores that is no softmax, as by sigmoids"
 )
 _UNNORMALISED = (
     "exponentials of a query-key product weigh values, but what normalises them is "
@@ -196,8 +200,12 @@ def _sites_of(
 ) -> Iterator[tuple[Node, str, Values, Site]]:
     """Sites of one body: where each runs, its name's base, its values, and itself."""
     blocks: set[int] = set()
+    weighing: set[Node] = set()
     for softmax in matcher.find(graph, body):
         reading = roles.read(graph, softmax)
+        weighing.update(combine.node for combine in softmax.combines)
+        if reading is not None:
+            weighing.add(softmax.node)
         if reading is None:
             if roles.is_unnormalised(graph, softmax):
                 site = Site("", "unknown", around, why=_UNNORMALISED)
@@ -222,6 +230,9 @@ def _sites_of(
             at = graph.producer.get(stream, reading.softmax.node)
             block = ActivationValues(graph, stream)
             yield at, f"{base}/block" if base else "block", block, site
+    for node in mixing.find(graph, body, weighing):
+        site = Site("", "unknown", around, why=_UNWEIGHED)
+        yield node, _scope_name(node.scope), UnknownValues(), site
     for kernel in fused.find(graph, body):
         if isinstance(kernel, Node):
             why = "a Pallas kernel that may be attention has no known signature"

@@ -17,12 +17,32 @@ from xviz_jax.tracing.origins import (
     is_made_of,
     is_random,
     is_raw,
+    is_repeated,
     is_zero,
     origin,
 )
 from xviz_jax.tracing.softmax import Combine, Softmax
 
 BATCH, HEAD, GROUP, QUERY, KEY = range(5)
+# What leaves probabilities as they are, but for their shape and dtype.
+KEEPING = (
+    "broadcast_in_dim",
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "device_put",
+    "expand_dims",
+    "layout_constraint",
+    "name",
+    "optimization_barrier",
+    "pvary",
+    "reduce_precision",
+    "reshape",
+    "reshard",
+    "sharding_constraint",
+    "squeeze",
+    "transpose",
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,13 +119,13 @@ class Reading:
 
 def read(graph: Graph, softmax: Softmax) -> Reading | None:
     """Reads the site of a softmax; None where it weighs no values."""
-    found = _first_combine(softmax)
+    found = _first_combine(graph, softmax)
     if found is None:
         return None
     product, _ = _find_product(graph, softmax, *found[:2])
     if product is not None:
         softmax = softmax.refined(product.node)
-        found = _first_combine(softmax) or found
+        found = _first_combine(graph, softmax) or found
     kind, combine, deferred = found
     product, kind = _find_product(graph, softmax, kind, combine)
     keys = softmax.keys if found[0] == "attention" else frozenset(combine.summed())
@@ -126,17 +146,26 @@ def read(graph: Graph, softmax: Softmax) -> Reading | None:
     if not deferred:
         _leave_custom_rule(graph, reading)
         _advance(graph, reading)
+        if kind == "attention":
+            _take_what_weighs(graph, reading)
+    if kind == "attention" and _weighs_again(graph, softmax, combine):
+        reading.kind = "unknown"
+        reading.notes.append("its map weighs more values, made of what it gave")
     return reading
 
 
-def _first_combine(softmax: Softmax) -> tuple[str, Combine, bool] | None:
-    """The first product with values; later ones belong to derivatives."""
+def _first_combine(graph: Graph, softmax: Softmax) -> tuple[str, Combine, bool] | None:
+    """The first product with values; later ones belong to derivatives.
+
+    Constants are weighed beside values, as of relative positions.
+    """
     whole = [c for c in softmax.combines if softmax.keys <= c.summed()]
+    whole.sort(key=lambda combine: is_raw(graph, combine.value))
     for combine in whole:
         if combine.kind == "probability":
             return "attention", combine, False
-    if softmax.deferred is not None and softmax.deferred[0] in whole:
-        return "attention", softmax.deferred[0], True
+    if softmax.deferred is not None and softmax.deferred.combine in whole:
+        return "attention", softmax.deferred.combine, True
     for combine in softmax.combines:
         summed = combine.summed()
         if combine.kind == "probability" and summed and not summed & softmax.keys:
@@ -332,6 +361,92 @@ def _leave_custom_rule(graph: Graph, reading: Reading) -> None:
                 reading.axes = softmax.axes
 
 
+def _take_what_weighs(graph: Graph, reading: Reading) -> None:
+    """Reads what weighs the values, where more than a mask came after the softmax.
+
+    As where probabilities are masked and divided by their sum again, or sharpened.
+    Dropout, heads that are mixed, and gates that are alike for all keys leave the
+    probabilities what they are.
+    """
+    combine = reading.combine
+    if combine.node.primitive != "dot_general":
+        return
+    weights = combine.node.ins[combine.operand]
+    if any(piece.broadcast for group in combine.axes for piece in group):
+        return
+    waiting, seen, changed = [weights], set(), False
+    while waiting:
+        atom = waiting.pop()
+        if isinstance(atom, Literal) or atom == reading.probability or atom in seen:
+            continue
+        seen.add(atom)
+        node = graph.source(atom)
+        if node is None:
+            continue
+        # Another softmax has a part in it, or heads have been mixed.
+        if node.bodies or node.primitive in ("dot_general", "exp", "exp2"):
+            return
+        if is_random(graph, atom):
+            return
+        gate = _gate(graph, node, reading, weights)
+        changed |= node.primitive not in KEEPING and gate is None
+        waiting += [each for each in node.ins if each != gate]
+    whole, keys = _sizes(combine.axes, reading.shape), reading.along(KEY)
+    there = {piece.axis for group in combine.axes for piece in group}
+    # Heads that are subtracted from others are several of one layer.
+    alike = all(
+        size == 1 or (axis in there and (axis in keys or size == whole[axis]))
+        for axis, size in enumerate(reading.shape)
+    )
+    if changed and alike:
+        reading.softmax.changed = True
+        reading.probability, reading.axes = weights, combine.axes
+        reading.shape = whole
+
+
+def _gate(graph: Graph, node: Node, reading: Reading, weights: Atom) -> Atom:
+    """A factor of the weights that is alike for all keys and is not made of these.
+
+    Or a zero that is added.
+    """
+    combine = reading.combine
+    if node.primitive in ("add", "sub"):
+        return next((each for each in node.ins[::-1] if is_zero(graph, each)), None)
+    if node.primitive not in ("div", "mul"):
+        return None
+    if graph.shape(node.outs[0]) != graph.shape(weights):
+        return None
+    keys = combine.node.params["dimension_numbers"][0][combine.operand]
+    for other in (node.ins[1], node.ins[0])[: 1 if node.primitive == "div" else 2]:
+        shape = graph.shape(other)
+        alike = not shape or all(
+            shape[axis] == 1 or is_repeated(graph, other, axis) for axis in keys
+        )
+        if alike and not is_made_of(graph, other, reading.probability):
+            return other
+    return None
+
+
+def _weighs_again(graph: Graph, softmax: Softmax, first: Combine) -> bool:
+    """Whether one map weighs what was made of what it had weighed before."""
+    (made,) = first.node.outs
+    later = [
+        combine
+        for combine in softmax.combines
+        if combine.node is not first.node and softmax.keys <= combine.summed()
+    ]
+    return any(is_made_of(graph, combine.value, made) for combine in later)
+
+
+def _sizes(axes: AxisMap, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Sizes of the softmax's axes in a view, of which some may be cut off."""
+    sizes = list(shape)
+    for pieces in axes:
+        if len(pieces) == 1 and not pieces[0].broadcast and pieces[0].stride == 1:
+            sizes[pieces[0].axis] = min(pieces[0].size, sizes[pieces[0].axis])
+    return tuple(sizes)
+
+
 def _advance(graph: Graph, reading: Reading) -> None:
     """Moves past what still defines the probabilities.
 
@@ -351,11 +466,7 @@ def _advance(graph: Graph, reading: Reading) -> None:
         elif node.primitive != "select_n" or not _masks(graph, node, reading):
             return
         reading.probability = node.outs[0]
-        sizes = list(reading.shape)
-        for pieces in reading.axes:
-            if len(pieces) == 1 and not pieces[0].broadcast and pieces[0].stride == 1:
-                sizes[pieces[0].axis] = min(pieces[0].size, sizes[pieces[0].axis])
-        reading.shape = tuple(sizes)
+        reading.shape = _sizes(reading.axes, reading.shape)
 
 
 def _masks(graph: Graph, node: Node, reading: Reading) -> bool:

@@ -104,6 +104,9 @@ def read(graph: Graph, softmax: Softmax, product: Product | None) -> Scores:
         return Scores(logits, why="the softmax is taken to base 2")
     if softmax.modified:
         return Scores(logits, why="the normaliser does not sum every key, or more")
+    if softmax.changed:
+        why = "what leaves the softmax is changed before it weighs the values"
+        return Scores(logits, why=why)
     return _Reader(graph, softmax, product, logits).run()
 
 
@@ -194,7 +197,8 @@ class _Reader:
         return operand
 
     def _masked(self, node: Node) -> int | None:
-        if len(node.ins) != 3:
+        # A cap that comes after lets some of what is masked through.
+        if len(node.ins) != 3 or self.cap is not None:
             return None
         for operand in (1, 2):
             other = constant(self.graph, node.ins[3 - operand])

@@ -16,6 +16,7 @@ from xviz_jax.tracing.fused import FusedValues
 from xviz_jax.tracing.graph import Atom, Body, Graph, Node
 from xviz_jax.tracing.program import Program
 from xviz_jax.tracing.roles import KEY, QUERY
+from xviz_jax.tracing.softmax import Combine
 from xviz_jax.tracing.values import AttentionValues
 
 _SHAPING = (*axis_maps.SHAPING, "split")
@@ -73,12 +74,18 @@ class Sequences:
             name = site.joins or site.name
             for atom, axes in _outputs(self.graph, values):
                 self._made.setdefault(atom, (name, axes))
-            for side in ("query", "key"):
+            for side in ("query", "key", "value"):
                 self._starts[site.name, side] = _positions(values, side)
 
     def run(self, name: str, side: str) -> Run:
-        """What the queries or the keys of a site run over; `side` says which."""
+        """What the queries, keys or values of a site run over; `side` says which."""
         return self.follow(self._starts[name, side])
+
+    def is_constant(self, name: str, side: str) -> bool:
+        """Whether an operand of a site depends on no input of the program."""
+        inputs = set(self.graph.root.ins)
+        waiting = [(atom, False) for atom, _ in self._starts[name, side]]
+        return all(atom not in inputs for atom, _ in self._before(waiting))
 
     def follow(self, places: Iterable[Place]) -> Run:
         """What axes of some arrays run over, together."""
@@ -275,20 +282,21 @@ def _outputs(
     own = {out for axis, out in places if axes_of(combine.axes[axis]) & queries}
     found = [(combine.node.outs[0], own)]
     if reading.deferred and reading.softmax.deferred is not None:
-        _, atom, axes = reading.softmax.deferred
-        found.append(
-            (atom, {n for n, group in enumerate(axes) if axes_of(group) & own})
-        )
+        deferred = reading.softmax.deferred
+        along = {n for n, group in enumerate(deferred.axes) if axes_of(group) & own}
+        found.append((deferred.quotient, along))
     return found
 
 
 def _positions(values: AttentionValues | FusedValues, side: str) -> list[Place]:
-    """The axes of queries or keys, in the operand that has them."""
+    """The axes of queries, keys or values, in the operand that has them."""
     if isinstance(values, FusedValues):
         fused = values.fused
-        atom = fused.operands[("query", "key").index(side)]
+        atom = fused.operands[("query", "key", "value").index(side)]
         return [(atom, fused.layout.index("T"))]
     reading = values.reading
+    if side == "value":
+        return _of_values(values.graph, reading.combine)
     product = reading.product
     if product is None:
         return []
@@ -299,6 +307,14 @@ def _positions(values: AttentionValues | FusedValues, side: str) -> list[Place]:
     pieces = [piece for axis in along for piece in product.axes[axis]]
     wide = [piece for piece in pieces if piece.size > 1] or pieces
     return [(own.atom, back[p.axis]) for p in wide if p.axis in back]
+
+
+def _of_values(graph: Graph, combine: Combine) -> list[Place]:
+    if combine.node.primitive != "dot_general" or not isinstance(combine.value, int):
+        return []
+    sides = axis_maps.sides(graph, combine.node)
+    assert sides is not None
+    return [(combine.value, axis) for axis in sides[1 - combine.operand].contract]
 
 
 def _before(graph: Graph, node: Node, atom: int, axis: int) -> list[tuple[Atom, int]]:

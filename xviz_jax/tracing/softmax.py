@@ -34,6 +34,27 @@ class Combine:
         return set().union(*[axes_of(self.axes[int(dim)]) for dim in dims])
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Deferred:
+    """A division that comes after the product with the values.
+
+    Attributes:
+      combine: The product.
+      quotient: What the division returns.
+      axes: The quotient's axes, with respect to the product's result.
+      by: What it is divided by, or, if `inverse`, multiplied by.
+      by_axes: That value's axes, with respect to the softmax.
+      inverse: Whether it is multiplied.
+    """
+
+    combine: Combine
+    quotient: Atom
+    axes: AxisMap
+    by: Atom
+    by_axes: AxisMap
+    inverse: bool
+
+
 @dataclasses.dataclass(eq=False)
 class Softmax:
     """One exponential and what becomes of it.
@@ -59,9 +80,9 @@ class Softmax:
     modified: bool = False
     # By what exponentials are selected: the mask of their scores, as a rule.
     selections: list[Atom] = dataclasses.field(default_factory=list)
-    # Of a division after the product: the product, the quotient, the quotient's
-    # axes with respect to the product's result.
-    deferred: tuple[Combine, Atom, AxisMap] | None = None
+    # Whether what leaves it is changed before it weighs values.
+    changed: bool = False
+    deferred: "Deferred | None" = None
 
     @property
     def exponential(self) -> Atom:
@@ -108,8 +129,12 @@ class Softmax:
             ]
             deferred = self.deferred
             if deferred is not None:
-                place = self.combines.index(deferred[0])
-                deferred = (combines[place], *deferred[1:])
+                place = self.combines.index(deferred.combine)
+                deferred = dataclasses.replace(
+                    deferred,
+                    combine=combines[place],
+                    by_axes=refine(deferred.by_axes),
+                )
             return dataclasses.replace(
                 self,
                 shape=shape,

@@ -16,7 +16,15 @@ from xviz_jax.tracing import axes as axis_maps
 from xviz_jax.tracing.axes import AxisMap, Piece
 from xviz_jax.tracing.graph import Atom, Graph
 from xviz_jax.tracing.interpreter import Get, Plan
-from xviz_jax.tracing.roles import BATCH, GROUP, HEAD, KEY, QUERY, Reading
+from xviz_jax.tracing.roles import (
+    BATCH,
+    GROUP,
+    HEAD,
+    KEEPING,
+    KEY,
+    QUERY,
+    Reading,
+)
 from xviz_jax.tracing.scores import Scores, Term
 
 # Computes a value from those a run has defined.
@@ -24,26 +32,6 @@ Read = Callable[[Get], jax.Array]
 # Changes a value, given the operand of its site's rewrite.
 Change = Callable[[jax.Array, Any], jax.Array]
 Tap = Callable[[jax.Array, Any, Callable[[jax.Array], jax.Array]], jax.Array]
-
-# What leaves probabilities as they are, but for their shape and dtype.
-_KEEPING = (
-    "broadcast_in_dim",
-    "convert_element_type",
-    "copy",
-    "copy_p",
-    "device_put",
-    "expand_dims",
-    "layout_constraint",
-    "name",
-    "optimization_barrier",
-    "pvary",
-    "reduce_precision",
-    "reshape",
-    "reshard",
-    "sharding_constraint",
-    "squeeze",
-    "transpose",
-)
 
 
 class Values(Protocol):
@@ -163,18 +151,36 @@ class AttentionValues:
         nothing is changed.
         """
         softmax, combine = self.reading.softmax, self.reading.combine
-        plan.want(softmax.exponential)
+        deferred, (atom, axes) = softmax.deferred, self._weights()
+        assert deferred is not None
+        plan.want(atom)
         keys = tuple(sorted(softmax.keys))
+        source = self.graph.source(deferred.by)
+        is_there = source is not None and source.index < combine.node.index
+        if is_there:
+            plan.want(deferred.by)
+        elif not self._is_summed(atom):
+            raise ValueError(
+                f"{name!r} divides by more or less than the sum of its weights, after "
+                "their product with the values: its map can be read, but not changed"
+            )
+
+        def divisor(weights, get):
+            if is_there:
+                by = get(deferred.by)
+                return axis_maps.from_view(by, deferred.by_axes, softmax.shape)
+            # Summed here, because the program does so only after the product.
+            return jnp.sum(weights, axis=keys, keepdims=True, dtype=jnp.float32)
 
         def rewritten(value, get, given):
-            exponential = self.exponential(get)
-            # Summed here, because the program may do so only after the product.
-            total = jnp.sum(exponential, axis=keys, keepdims=True, dtype=jnp.float32)
-            total = total.astype(exponential.dtype)
-            native = exponential / total
+            weights = axis_maps.from_view(get(atom), axes, softmax.shape)
+            by = divisor(weights, get).astype(weights.dtype)
+            inverse = is_there and deferred.inverse
+            native = weights * by if inverse else weights / by
             changed = change(self.canonical(native), given)
             moved = self.native(changed.astype(native.dtype)) - native
-            extra = axis_maps.to_view(moved * total, combine.axes, softmax.shape)
+            moved = moved / by if inverse else moved * by
+            extra = axis_maps.to_view(moved, combine.axes, softmax.shape)
             return value + extra.astype(value.dtype)
 
         plan.rewrite_operand(combine.node, combine.operand, name, rewritten)
@@ -212,10 +218,13 @@ class AttentionValues:
             atom = next(each for each in product.ins if each != reading.combine.value)
         while atom != start:
             node = graph.source(atom)
-            if node is None or node.primitive not in _KEEPING:
+            if node is None or node.primitive not in KEEPING:
+                return False
+            # What else reads the probabilities depends on them too.
+            if len(graph.users[atom]) != 1:
                 return False
             atom = node.ins[node.outs.index(atom)]
-        return True
+        return reading.deferred or len(graph.users[start]) == 1
 
     def probabilities(self) -> tuple[list[Atom], Read]:
         """Probabilities [batch, head, query, key]."""
@@ -230,21 +239,40 @@ class AttentionValues:
                 get(reading.probability), reading.axes, reading.shape
             )
 
+        deferred = softmax.deferred
+        assert deferred is not None
+        atom, axes = self._weights()
+
         def quotient(get: Get) -> jax.Array:
-            exponential = self.exponential(get)
-            total = axis_maps.from_view(
-                get(softmax.total), softmax.total_axes, softmax.shape
-            )
-            return exponential / total.astype(exponential.dtype)
+            weights = axis_maps.from_view(get(atom), axes, softmax.shape)
+            by = axis_maps.from_view(get(deferred.by), deferred.by_axes, softmax.shape)
+            by = by.astype(weights.dtype)
+            return weights * by if deferred.inverse else weights / by
 
-        return [softmax.exponential, softmax.total], quotient
+        return [atom, deferred.by], quotient
 
-    def exponential(self, get: Get) -> jax.Array:
-        """The exponentials, on the softmax's own axes."""
+    def _weights(self) -> tuple[Atom, AxisMap]:
+        """Exponentials as they weigh the values, masked if they are, and their axes."""
+        softmax, combine = self.reading.softmax, self.reading.combine
+        if combine.node.primitive == "dot_general":
+            return combine.node.ins[combine.operand], combine.axes
+        if softmax.modified or softmax.selections:
+            raise ValueError("its exponentials are masked, and divided by later")
+        return softmax.exponential, softmax.axes
+
+    def _is_summed(self, weights: Atom) -> bool:
+        """Whether the normaliser is the sum of weights, and of nothing else."""
         softmax = self.reading.softmax
-        return axis_maps.from_view(
-            get(softmax.exponential), softmax.axes, softmax.shape
-        )
+        node = self.graph.source(self._peeled(softmax.total))
+        if softmax.modified or node is None or node.primitive != "reduce_sum":
+            return False
+        return self._peeled(node.ins[0]) == self._peeled(weights)
+
+    def _peeled(self, atom: Atom) -> Atom:
+        """A value before its shape and dtype were changed."""
+        while (node := self.graph.source(atom)) and node.primitive in KEEPING:
+            atom = node.ins[node.outs.index(atom)]
+        return atom
 
     def logsumexp(self) -> tuple[list[Atom], Read]:
         """Logarithm of the normaliser, float32 [batch, head, query]."""
@@ -333,11 +361,11 @@ class AttentionValues:
             layout = [p for axis, p in enumerate(pieces) if axis not in summed]
         if not self.reading.deferred or self.reading.softmax.deferred is None:
             return combine.node.outs[0], tuple(layout)
-        _, atom, axes = self.reading.softmax.deferred
-        composed = _compose(axes, tuple(layout))
+        deferred = self.reading.softmax.deferred
+        composed = _compose(deferred.axes, tuple(layout))
         if composed is None:
             raise ValueError("its output is rearranged before it is normalised")
-        return atom, composed
+        return deferred.quotient, composed
 
     def bias(self) -> tuple[list[Atom], Read]:
         """Sum of what is added to the scaled product; axes may have size 1."""
