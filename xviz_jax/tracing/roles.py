@@ -391,17 +391,17 @@ def _take_what_weighs(graph: Graph, reading: Reading) -> None:
         gate = _gate(graph, node, reading, weights)
         changed |= node.primitive not in KEEPING and gate is None
         waiting += [each for each in node.ins if each != gate]
-    whole, keys = _sizes(combine.axes, reading.shape), reading.along(KEY)
-    there = {piece.axis for group in combine.axes for piece in group}
+    left = [1] * len(reading.shape)
+    for piece in (piece for group in combine.axes for piece in group):
+        left[piece.axis] *= piece.size
     # Heads that are subtracted from others are several of one layer.
-    alike = all(
-        size == 1 or (axis in there and (axis in keys or size == whole[axis]))
-        for axis, size in enumerate(reading.shape)
-    )
-    if changed and alike:
+    keys = reading.along(KEY)
+    if changed and all(
+        axis in keys or size == left[axis] for axis, size in enumerate(reading.shape)
+    ):
         reading.softmax.changed = True
         reading.probability, reading.axes = weights, combine.axes
-        reading.shape = whole
+        reading.shape = _sizes(combine.axes, reading.shape)
 
 
 def _gate(graph: Graph, node: Node, reading: Reading, weights: Atom) -> Atom:
