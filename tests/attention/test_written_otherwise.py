@@ -289,6 +289,26 @@ def test_a_map_that_is_used_twice(model):
     close(found.scores, (EYE + np.maximum(own * slope, 0)).mean(0))
 
 
+def one_key_for_all_heads(x, change):
+    query, value = (x @ w for w in (WQ, WV))
+    query, value = (each.reshape(LENGTH, 2, WIDTH // 2) for each in (query, value))
+    own = jax.nn.softmax(jnp.einsum("qhd,kd->hqk", query, x @ WK[:, : WIDTH // 2]))
+    moved = own if change is None else own + change
+    mixed = jnp.einsum("hqk,khd->qhd", moved, value).reshape(LENGTH, WIDTH)
+    return (x + mixed)[0] @ HEAD, own
+
+
+@pytest.mark.parametrize("query", [0, "mean"])
+def test_keys_and_values_of_unlike_heads(query):
+    none = jnp.zeros((2, LENGTH, LENGTH))
+    slope = jax.grad(lambda change: one_key_for_all_heads(X, change)[0][1])(none)
+    own = one_key_for_all_heads(X, none)[1]
+    cam = np.maximum(np.asarray(own * slope), 0).mean(0) + EYE
+    model = lambda x: one_key_for_all_heads(x, None)[0]
+    found = xv.attention_relevance(model, query=query)(X, target=1)
+    close(found.scores, cam.mean(0) if query == "mean" else cam[0])
+
+
 # Masks.
 
 

@@ -28,6 +28,12 @@ def stacks_of(layer: Layer, fusion: Fusion) -> dict[str, Any]:
     stacks = {"qs": values["query"], "ks": values["key"]}
     if fusion.relevance != "attention":
         stacks["vs"] = values["value"]
+        # Kernels share keys and values among as many heads.
+        heads = max(stacks["ks"].shape[-2], stacks["vs"].shape[-2])
+        for name in ("ks", "vs"):
+            times = heads // stacks[name].shape[-2]
+            if times > 1:
+                stacks[name] = jnp.repeat(stacks[name], times, axis=-2)
         # The gradient of a 16-bit output has no more than 16 bits.
         stacks["douts"] = values["output_cotangent"].astype(values["value"].dtype)
     if len({array.dtype for array in stacks.values()}) > 1:
