@@ -266,3 +266,6 @@ def test_the_embedded_model(tmp_path, capsys):
     assert rows[0]["scores"]["attention_rollout"].shape == (197,)
     assert rows[0]["scores"]["integrated_gradients"].shape == (28, 28)
     assert rows[0]["target"] == 9 and rows[0]["label"] == str(labels[2])
+    command[command.index("--out") + 1] = str(tmp_path / "pair")
+    assert cli.main([*command, "--target", "Ankle boot,Bag"]) == 0
+    assert cli.main([*command, "--target", "Ankle boot,Frog"]) == 2

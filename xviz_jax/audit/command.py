@@ -67,7 +67,8 @@ def main(given: Mapping[str, Any]) -> int:
         Text(
             f"{summary.state}: {summary.explained:,} of {summary.records:,} records "
             f"explained, {summary.unconverged:,} of them unconverged, "
-            f"{summary.quarantined:,} quarantined {summary.reasons or ''}; "
+            f"{summary.quarantined:,} quarantined"
+            f"{f' {summary.reasons}' if summary.reasons else ''}; "
             f"{summary.computed} of {summary.shards} shards in {summary.seconds:,.1f} s"
         ),
         soft_wrap=True,

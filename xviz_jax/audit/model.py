@@ -306,13 +306,18 @@ def _of_checkpoint(
 
     # A path starts where the words are padding and what frames them stays.
     frame = words.tokenizer.encode("").ids
+    if buckets is None:
+        shortest = min(Buckets.shortest, longest)
+        buckets = Buckets(
+            column="tokens", shortest=shortest, longest=longest, pad=words.pad_id
+        )
     return Model(
         forward=forward,
         parameters=parameters,
         columns=("text",),
         schema={"text": Column(dtype="text")},
         read=ids,
-        buckets=buckets or Buckets(column="tokens", longest=longest, pad=words.pad_id),
+        buckets=buckets,
         pads=(0,) if pairs else (),
         query=default or 0,
         defaults={"baseline": baselines.tokens(words.pad_id, keep=frame)},

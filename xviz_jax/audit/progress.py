@@ -24,7 +24,8 @@ class Progress:
       done: Records of committed shards, of earlier runs too, and those under way.
       quarantined: Records that were not explained.
       unconverged: Records whose explanation did not converge.
-      rate: Records a second since this run began; 0 before the first.
+      rate: Records a second up to the last commit of this run; 0 before the first,
+        for methods take unlike times.
       devices: How many devices work.
     """
 
@@ -67,7 +68,7 @@ class Meter:
         self._before, self._methods = before.records, methods
         self.counts = before
         self._partial = 0
-        self._begin = time.monotonic()
+        self._begin = self._committed = time.monotonic()
 
     def restart(self) -> None:
         """Counts from now on."""
@@ -80,6 +81,7 @@ class Meter:
     def commit(self, counts: Counts) -> None:
         """A shard was committed."""
         self.counts = self.counts + counts
+        self._committed = time.monotonic()
 
     def seconds(self) -> float:
         """Since the run began."""
@@ -88,14 +90,16 @@ class Meter:
     def now(self) -> Progress:
         """How far it is."""
         # Rows of methods run ahead of the commit, by a shard at most.
-        new = max(self.counts.records - self._before, self._partial / self._methods)
+        committed = self.counts.records - self._before
+        new = max(committed, self._partial / self._methods)
         new = min(new, self._records - self._before)
+        seconds = max(self._committed - self._begin, 1e-9)
         return Progress(
             records=self._records,
             done=self._before + new,
             quarantined=self.counts.quarantined,
             unconverged=self.counts.unconverged,
-            rate=new / max(self.seconds(), 1e-9),
+            rate=committed / seconds if committed else 0.0,
             devices=self._devices,
         )
 

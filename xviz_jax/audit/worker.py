@@ -55,6 +55,10 @@ class Worker:
         target, classes = job.target, self.model.classes or ()
         if isinstance(target, str) and target in classes:
             target = classes.index(target)
+        elif isinstance(target, str) and target.count(",") == 1:
+            first, second = target.split(",")
+            if first in classes and second in classes:
+                target = (classes.index(first), classes.index(second))
         self.question = Question(target, job.seed)
         self.reading = Reading(job, self.model, self.question)
         self.programs = Programs(self.model, job.options, self.question, job.devices)
