@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from xviz_jax.tracing import axes as axis_maps
+from xviz_jax.tracing import deferred
 from xviz_jax.tracing.axes import AxisMap, Piece
 from xviz_jax.tracing.graph import Atom, Graph
 from xviz_jax.tracing.interpreter import Get, Plan
@@ -110,15 +111,20 @@ class AttentionValues:
     def rewrite(self, plan: Plan, name: str, change: Change) -> None:
         """As `Values`."""
         reading = self.reading
+
+        def natively(native: jax.Array, given: Any) -> jax.Array:
+            changed = change(self.canonical(native), given)
+            return self.native(changed.astype(native.dtype))
+
         if reading.deferred:
-            self._rewrite_deferred(plan, name, change)
+            deferred.rewrite(self.graph, reading, plan, name, natively)
             return
 
         def rewritten(value, get, given):
             native = axis_maps.from_view(value, reading.axes, reading.shape)
-            changed = change(self.canonical(native), given)
-            back = self.native(changed.astype(value.dtype))
-            return axis_maps.to_view(back, reading.axes, reading.shape)
+            return axis_maps.to_view(
+                natively(native, given), reading.axes, reading.shape
+            )
 
         plan.rewrite(reading.probability, name, rewritten)
 
@@ -130,8 +136,7 @@ class AttentionValues:
         """
         reading = self.reading
         if reading.deferred:
-            whole = lambda value, given: change(value, given, lambda x: x)
-            self._rewrite_deferred(plan, name, whole)
+            self.rewrite(plan, name, lambda x, given: change(x, given, lambda x: x))
             return
 
         def canonical(value: jax.Array) -> jax.Array:
@@ -143,47 +148,6 @@ class AttentionValues:
             name,
             lambda value, get, given: change(value, given, canonical),
         )
-
-    def _rewrite_deferred(self, plan: Plan, name: str, change: Change) -> None:
-        """Changes exponentials by what the change of probabilities comes to.
-
-        The sum of the exponentials stays as it is, and so does the program when
-        nothing is changed.
-        """
-        softmax, combine = self.reading.softmax, self.reading.combine
-        deferred, (atom, axes) = softmax.deferred, self._weights()
-        assert deferred is not None
-        plan.want(atom)
-        keys = tuple(sorted(softmax.keys))
-        source = self.graph.source(deferred.by)
-        is_there = source is not None and source.index < combine.node.index
-        if is_there:
-            plan.want(deferred.by)
-        elif not self._is_summed(atom):
-            raise ValueError(
-                f"{name!r} divides by more or less than the sum of its weights, after "
-                "their product with the values: its map can be read, but not changed"
-            )
-
-        def divisor(weights, get):
-            if is_there:
-                by = get(deferred.by)
-                return axis_maps.from_view(by, deferred.by_axes, softmax.shape)
-            # Summed here, because the program does so only after the product.
-            return jnp.sum(weights, axis=keys, keepdims=True, dtype=jnp.float32)
-
-        def rewritten(value, get, given):
-            weights = axis_maps.from_view(get(atom), axes, softmax.shape)
-            by = divisor(weights, get).astype(weights.dtype)
-            inverse = is_there and deferred.inverse
-            native = weights * by if inverse else weights / by
-            changed = change(self.canonical(native), given)
-            moved = self.native(changed.astype(native.dtype)) - native
-            moved = moved / by if inverse else moved * by
-            extra = axis_maps.to_view(moved, combine.axes, softmax.shape)
-            return value + extra.astype(value.dtype)
-
-        plan.rewrite_operand(combine.node, combine.operand, name, rewritten)
 
     def add_to_output(self, plan: Plan, name: str) -> tuple[int, ...] | None:
         """As `Values`."""
@@ -233,46 +197,12 @@ class AttentionValues:
 
     def native_probabilities(self) -> tuple[list[Atom], Read]:
         """Probabilities on the softmax's own axes."""
-        reading, softmax = self.reading, self.reading.softmax
-        if not reading.deferred:
-            return [reading.probability], lambda get: axis_maps.from_view(
-                get(reading.probability), reading.axes, reading.shape
-            )
-
-        deferred = softmax.deferred
-        assert deferred is not None
-        atom, axes = self._weights()
-
-        def quotient(get: Get) -> jax.Array:
-            weights = axis_maps.from_view(get(atom), axes, softmax.shape)
-            by = axis_maps.from_view(get(deferred.by), deferred.by_axes, softmax.shape)
-            by = by.astype(weights.dtype)
-            return weights * by if deferred.inverse else weights / by
-
-        return [atom, deferred.by], quotient
-
-    def _weights(self) -> tuple[Atom, AxisMap]:
-        """Exponentials as they weigh the values, masked if they are, and their axes."""
-        softmax, combine = self.reading.softmax, self.reading.combine
-        if combine.node.primitive == "dot_general":
-            return combine.node.ins[combine.operand], combine.axes
-        if softmax.modified or softmax.selections:
-            raise ValueError("its exponentials are masked, and divided by later")
-        return softmax.exponential, softmax.axes
-
-    def _is_summed(self, weights: Atom) -> bool:
-        """Whether the normaliser is the sum of weights, and of nothing else."""
-        softmax = self.reading.softmax
-        node = self.graph.source(self._peeled(softmax.total))
-        if softmax.modified or node is None or node.primitive != "reduce_sum":
-            return False
-        return self._peeled(node.ins[0]) == self._peeled(weights)
-
-    def _peeled(self, atom: Atom) -> Atom:
-        """A value before its shape and dtype were changed."""
-        while (node := self.graph.source(atom)) and node.primitive in KEEPING:
-            atom = node.ins[node.outs.index(atom)]
-        return atom
+        reading = self.reading
+        if reading.deferred:
+            return deferred.probabilities(reading)
+        return [reading.probability], lambda get: axis_maps.from_view(
+            get(reading.probability), reading.axes, reading.shape
+        )
 
     def logsumexp(self) -> tuple[list[Atom], Read]:
         """Logarithm of the normaliser, float32 [batch, head, query]."""
@@ -361,11 +291,11 @@ class AttentionValues:
             layout = [p for axis, p in enumerate(pieces) if axis not in summed]
         if not self.reading.deferred or self.reading.softmax.deferred is None:
             return combine.node.outs[0], tuple(layout)
-        deferred = self.reading.softmax.deferred
-        composed = _compose(deferred.axes, tuple(layout))
+        later = self.reading.softmax.deferred
+        composed = _compose(later.axes, tuple(layout))
         if composed is None:
             raise ValueError("its output is rearranged before it is normalised")
-        return deferred.quotient, composed
+        return later.quotient, composed
 
     def bias(self) -> tuple[list[Atom], Read]:
         """Sum of what is added to the scaled product; axes may have size 1."""
