@@ -217,15 +217,54 @@ def test_positions_in_another_order(name):
 
 
 def test_what_keeps_the_order():
-    """A token that is picked, shifted ones beside their own, prompts put in place."""
+    """Shifted tokens and sorted ones beside their own, prompts put in place."""
 
     def model(x):
         x = layer(x)
         x = x + 0.5 * jnp.concatenate([jnp.zeros((1, WIDTH)), x[:-1]])
+        order = jnp.argsort(x[:, 0])
+        x = x + jnp.tanh(x[order] @ WQ)[jnp.argsort(order)]
         x = layer(jnp.concatenate([Y[:2], x[2:]]))
-        return x[jnp.argmax(jnp.arange(LENGTH) == 2)] @ HEAD
+        own = jnp.stack([x @ WQ, x @ WK], axis=1)[jnp.arange(LENGTH), order % 2]
+        return (layer(x + own)[::-1][3] + x[np.arange(LENGTH)][2]) @ HEAD
 
-    assert xv.attention_rollout(model, query=2)(X, target=1).scores.shape == (LENGTH,)
+    found = xv.attention_rollout(model, query=2)(X, target=1)
+    assert found.scores.shape == (LENGTH,)
+
+
+READOUTS = {
+    "gated": lambda x: jax.nn.sigmoid(x @ HEAD[:, 0]) @ x @ HEAD,
+    "bilinear": lambda x: (x.T @ x)[0] @ HEAD,
+    "quadratic": lambda x: jnp.einsum("nd,nd,dc->c", x @ WQ, x, HEAD),
+    "tied": lambda x: (jax.nn.relu(x @ (WQ + WK @ WV)) @ (WQ + WK @ WV).T)[0] @ HEAD,
+    "averaged classes": lambda x: (
+        jax.nn.softmax(x @ HEAD[:, 0]) @ jax.nn.softmax(x @ HEAD)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READOUTS)
+def test_what_comes_after_attention_is_no_attention(name):
+    model = lambda x: READOUTS[name](layer(x))
+    own = np.asarray(jax.nn.softmax(scores(X)))
+    found = xv.attention_rollout(model, query="mean")(X, target=1)
+    close(found.scores, (EYE / 2 + own / 2).mean(0))
+
+
+def test_heads_that_are_picked():
+    """Keys and values each by a gather of heads: their positions are one sequence's."""
+
+    def model(x):
+        query, key, value = (x @ w for w in (WQ, WK, WV))
+        split = lambda y: y.reshape(LENGTH, 2, WIDTH // 2)
+        key, value = (split(y)[:, np.array([0, 0, 1, 1])] for y in (key, value))
+        query = jnp.concatenate([split(query)] * 2, axis=1)
+        own = jax.nn.softmax(jnp.einsum("qhd,khd->hqk", query, key))
+        mixed = jnp.einsum("hqk,khd->qhd", own, value)[:, :2].reshape(LENGTH, WIDTH)
+        return (x + mixed)[0] @ HEAD
+
+    found = xv.attention_rollout(model)(X, target=1)
+    np.testing.assert_allclose(found.diagnostics["mass"], 1, rtol=1e-5)
 
 
 def test_two_sequences_of_one_length():

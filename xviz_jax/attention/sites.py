@@ -57,8 +57,10 @@ def readable(sites: Sequence[Site]) -> tuple[Site, ...]:
         raise ValueError(
             f"the model has no attention to explain; tracing found {', '.join(kinds)}"
         )
+    lengths = {length for site in found for length in positions(site)}
     for site in sites:
-        _check_left_out(site)
+        if site.kind in ("inverted", "pooling") and {*positions(site)} <= lengths:
+            _check_left_out(site)
     for site in found:
         _check(site)
     return found

@@ -94,29 +94,38 @@ def check_positions(program: Program, sites: Sequence[Site]) -> None:
     """Refuses models whose scores would be of the wrong positions.
 
     Raises:
-      ValueError: If positions are permuted between or around attention, or if the keys
-        of a site are of one sequence and its values of another.
+      ValueError: If attention is over positions in another order than before, or if
+        the keys of a site are of one sequence and its values of another.
     """
     sequences = Sequences(program)
-    node = reordering.find(sequences)
+    sites = [site for site in sites if site.turns[-1:] != ("queries",)]
+    node = reordering.find(sequences, [site.name for site in sites])
     if node is not None:
         where = f" in {node.scope!r}" if node.scope else ""
         raise ValueError(
-            f"{node.primitive!r}{where} puts positions that attention wrote into "
-            "another order, and scores would be of the wrong ones; if they are another "
-            "sequence then, name it in `streams`"
+            f"{node.primitive!r}{where} puts positions of attention into another "
+            "order, and scores would be of the wrong ones; if they are then another "
+            "sequence, name it in `streams`"
         )
     for site in sites:
-        key, value = (sequences.run(site.name, side) for side in ("key", "value"))
-        told = all(run.origins and not run.cut for run in (key, value))
         # Constants are of any sequence: values, or keys of constant queries.
         constant = partial(sequences.is_constant, site.name)
-        fixed = constant("value") or (constant("key") and constant("query"))
-        if told and not fixed and not key.origins & value.origins:
+        if constant("value") or (constant("key") and constant("query")):
+            continue
+        key, value = (sequences.run(site.name, side) for side in ("key", "value"))
+        told = all(run.origins and not run.cut for run in (key, value))
+        if told and not key.origins & value.origins and _share_nothing(sequences, site):
             raise ValueError(
                 f"the keys of {site.name!r} are of one sequence and its values of "
-                "another; this method gives to keys what is of values"
+                "another; this method gives to keys what is of values. If they are of "
+                "one, name it in `streams`"
             )
+
+
+def _share_nothing(sequences: Sequences, site: Site) -> bool:
+    """Whether nothing has a part in both keys and values of a site."""
+    key, value = (sequences.made_from(site.name, side) for side in ("key", "value"))
+    return key.isdisjoint(value)
 
 
 def several(

@@ -60,7 +60,9 @@ def _runs_from(graph: Graph, product: Node, out: int, began: tuple[Atom, int]) -
     assert sides is not None
     for mine, other in (sides, sides[::-1]):
         keys = [axis for axis in mine.free if mine.out[axis] == out]
-        if not keys or not other.free or not _is_computed(graph, mine.atom):
+        if not keys or not other.free:
+            continue
+        if not (_is_computed(graph, mine.atom) and _is_computed(graph, other.atom)):
             continue
         if origin(graph, mine.atom, keys[0]) == began:
             return True
@@ -68,8 +70,9 @@ def _runs_from(graph: Graph, product: Node, out: int, began: tuple[Atom, int]) -
 
 
 def _is_computed(graph: Graph, atom: Atom) -> bool:
-    """Whether products have a part in a value: a slice of weights has none."""
+    """Whether products and inputs have a part in a value: in weights they have none."""
     waiting, seen = [atom], set()
+    multiplied = given = False
     while waiting and len(seen) < _LONGEST_WALK:
         current = waiting.pop()
         if isinstance(current, Literal) or current in seen:
@@ -82,14 +85,15 @@ def _is_computed(graph: Graph, atom: Atom) -> bool:
         if node is None:
             if current in graph.outer:
                 waiting.append(graph.outer[current])
-            elif current not in graph.constants and current not in graph.root.ins:
+            else:
+                given |= current not in graph.constants
                 # What a loop carries.
-                return True
-        elif node.bodies or node.primitive in ("conv_general_dilated", "dot_general"):
-            return True
+                multiplied |= given and current not in graph.root.ins
         else:
+            products = ("conv_general_dilated", "dot_general")
+            multiplied |= bool(node.bodies) or node.primitive in products
             waiting += node.ins
-    return False
+    return multiplied and given
 
 
 def _products(

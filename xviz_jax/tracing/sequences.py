@@ -81,11 +81,14 @@ class Sequences:
         """What the queries, keys or values of a site run over; `side` says which."""
         return self.follow(self._starts[name, side])
 
+    def made_from(self, name: str, side: str) -> set[int]:
+        """All values that an operand of a site depends on."""
+        waiting = [(atom, False) for atom, _ in self._starts[name, side]]
+        return {atom for atom, _ in self._before(waiting)}
+
     def is_constant(self, name: str, side: str) -> bool:
         """Whether an operand of a site depends on no input of the program."""
-        inputs = set(self.graph.root.ins)
-        waiting = [(atom, False) for atom, _ in self._starts[name, side]]
-        return all(atom not in inputs for atom, _ in self._before(waiting))
+        return self.made_from(name, side).isdisjoint(self.graph.root.ins)
 
     def follow(self, places: Iterable[Place]) -> Run:
         """What axes of some arrays run over, together."""
@@ -341,7 +344,7 @@ def _before(graph: Graph, node: Node, atom: int, axis: int) -> list[tuple[Atom, 
     if name == "optimization_barrier":
         return [(node.ins[node.outs.index(atom)], axis)]
     if name == "gather":
-        return []
+        return _gathered(graph, node, axis)
     found: list[tuple[Atom, int]] = []
     for operand, source in enumerate(node.ins):
         if isinstance(source, Literal) or (name == "select_n" and operand == 0):
@@ -355,6 +358,18 @@ def _before(graph: Graph, node: Node, atom: int, axis: int) -> list[tuple[Atom, 
         elif len(shape) == len(result) and shape[axis] == result[axis]:
             found.append((source, axis))
     return [each for each in found if not _is_cut(graph, node, each, result[axis])]
+
+
+def _gathered(graph: Graph, node: Node, axis: int) -> list[tuple[Atom, int]]:
+    """The axis of what is gathered from, where it is taken whole."""
+    numbers, sizes = node.params["dimension_numbers"], node.params["slice_sizes"]
+    if axis not in numbers.offset_dims:
+        return []
+    gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    kept = [own for own in range(len(sizes)) if own not in gone]
+    own = kept[numbers.offset_dims.index(axis)]
+    whole = sizes[own] == graph.shape(node.ins[0])[own]
+    return [(node.ins[0], own)] if whole else []
 
 
 def _visited(node: Node, pieces: Sequence[axis_maps.Piece], axis: int) -> list[int]:
