@@ -6,6 +6,7 @@ from xviz_jax.attention.stack import is_chunked
 from xviz_jax.attention.streams import check_positions, crossing
 from xviz_jax.tracing import Site
 from xviz_jax.tracing.program import Program
+from xviz_jax.tracing.sequences import Sequences
 from xviz_jax.tracing.site import positions
 
 
@@ -16,8 +17,9 @@ def of_one_sequence(program: Program) -> tuple[Site, ...]:
       ValueError: As there; and if a site attends from one sequence to another.
     """
     sites = self_attention(program.sites)
-    check_positions(program, sites)
-    other = crossing(program, sites)
+    sequences = Sequences(program)
+    check_positions(sequences, sites)
+    other = crossing(sequences, sites)
     if other is not None:
         raise ValueError(
             f"{other.name!r} attends from one sequence to another of as many "

@@ -62,9 +62,8 @@ class Streams:
         return found
 
 
-def crossing(program: Program, sites: Sequence[Site]) -> Site | None:
+def crossing(sequences: Sequences, sites: Sequence[Site]) -> Site | None:
     """The first site whose queries and keys surely run over two sequences."""
-    sequences = Sequences(program)
     for site in sites:
         query, key = (sequences.run(site.name, side) for side in _SIDES)
         # Chunks of queries are slices of one sequence.
@@ -76,11 +75,10 @@ def crossing(program: Program, sites: Sequence[Site]) -> Site | None:
     return None
 
 
-def is_one(program: Program, sites: Sequence[Site]) -> bool:
+def is_one(sequences: Sequences, sites: Sequence[Site]) -> bool:
     """Whether all sites seem to run over one sequence: nothing tells them apart."""
-    if crossing(program, sites) is not None:
+    if crossing(sequences, sites) is not None:
         return False
-    sequences = Sequences(program)
     runs = [
         sequences.run(site.name, "query")
         for site in sites
@@ -90,14 +88,13 @@ def is_one(program: Program, sites: Sequence[Site]) -> bool:
     return all(whole[0] & origins for origins in whole[1:])
 
 
-def check_positions(program: Program, sites: Sequence[Site]) -> None:
+def check_positions(sequences: Sequences, sites: Sequence[Site]) -> None:
     """Refuses models whose scores would be of the wrong positions.
 
     Raises:
       ValueError: If attention is over positions in another order than before, or if
         the keys of a site are of one sequence and its values of another.
     """
-    sequences = Sequences(program)
     sites = [site for site in sites if site.turns[-1:] != ("queries",)]
     node = reordering.find(sequences, [site.name for site in sites])
     if node is not None:
@@ -108,13 +105,9 @@ def check_positions(program: Program, sites: Sequence[Site]) -> None:
             "sequence, name it in `streams`"
         )
     for site in sites:
-        # Constants are of any sequence: values, or keys of constant queries.
-        constant = partial(sequences.is_constant, site.name)
-        if constant("value") or (constant("key") and constant("query")):
-            continue
         key, value = (sequences.run(site.name, side) for side in ("key", "value"))
         told = all(run.origins and not run.cut for run in (key, value))
-        if told and not key.origins & value.origins and _share_nothing(sequences, site):
+        if told and not key.origins & value.origins and _are_apart(sequences, site):
             raise ValueError(
                 f"the keys of {site.name!r} are of one sequence and its values of "
                 "another; this method gives to keys what is of values. If they are of "
@@ -122,8 +115,14 @@ def check_positions(program: Program, sites: Sequence[Site]) -> None:
             )
 
 
-def _share_nothing(sequences: Sequences, site: Site) -> bool:
-    """Whether nothing has a part in both keys and values of a site."""
+def _are_apart(sequences: Sequences, site: Site) -> bool:
+    """Whether nothing has a part in both keys and values of a site.
+
+    Constants are of any sequence: values, or keys of constant queries.
+    """
+    constant = partial(sequences.is_constant, site.name)
+    if constant("value") or (constant("key") and constant("query")):
+        return False
     key, value = (sequences.made_from(site.name, side) for side in ("key", "value"))
     return key.isdisjoint(value)
 
@@ -136,20 +135,21 @@ def several(
     Raises:
       ValueError: As `find`.
     """
+    sequences = Sequences(program)
     if given is None:
-        check_positions(program, sites)
+        check_positions(sequences, sites)
     lengths = {length for site in sites for length in positions(site)}
-    if given is None and len(lengths) == 1 and is_one(program, sites):
+    if given is None and len(lengths) == 1 and is_one(sequences, sites):
         return None
-    found = find(program, sites, given)
+    found = find(sequences, sites, given)
     return found if len(found.lengths) > 1 else None
 
 
-def find(program: Program, sites: Sequence[Site], given: Naming | None) -> Streams:
+def find(sequences: Sequences, sites: Sequence[Site], given: Naming | None) -> Streams:
     """Tells the sequences of a model apart, by tracing or as they are given.
 
     Args:
-      program: The traced model.
+      sequences: Of the traced model.
       sites: Its attention.
       given: Names of sequences, if they are not to be traced.
 
@@ -157,7 +157,6 @@ def find(program: Program, sites: Sequence[Site], given: Naming | None) -> Strea
       ValueError: If they cannot be told apart, with the name of the site; if a site
         has no name among those given.
     """
-    sequences = Sequences(program)
     sites = [site for site in sites if not site.joins]
     runs = {
         (s.name, side): sequences.run(s.name, side) for s in sites for side in _SIDES

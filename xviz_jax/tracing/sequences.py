@@ -65,6 +65,7 @@ class Sequences:
         # Of each output of attention: its site, and its axes of queries.
         self._made: dict[int, tuple[str, set[int]]] = {}
         self._starts: dict[tuple[str, str], list[Place]] = {}
+        self._runs: dict[tuple[str, str], Run] = {}
         for located in program.located:
             site, values = located.site, located.values
             if site.kind != "attention" or not isinstance(
@@ -79,7 +80,9 @@ class Sequences:
 
     def run(self, name: str, side: str) -> Run:
         """What the queries, keys or values of a site run over; `side` says which."""
-        return self.follow(self._starts[name, side])
+        if (name, side) not in self._runs:
+            self._runs[name, side] = self.follow(self._starts[name, side])
+        return self._runs[name, side]
 
     def made_from(self, name: str, side: str) -> set[int]:
         """All values that an operand of a site depends on."""
