@@ -354,6 +354,7 @@ class _Edits:
             return set()
         scores, below = self._unshifted(source.ins[0]), source.ins[1]
         passed: set[int] = set()
+        names = set[str]()
         for _ in range(_LONGEST_WALK):
             source = self.graph.source(below)
             if source is None:
@@ -361,7 +362,9 @@ class _Edits:
             live = [each for each in source.ins if self._is_live(each)]
             if source.primitive == "exp":
                 same = self._unshifted(source.ins[0]) == scores
-                return passed | set(source.outs) if same and passed else set()
+                whole = same and {"log", "reduce_sum"} <= names
+                return passed | set(source.outs) if whole else set()
+            names.add(source.primitive)
             if source.primitive in ("abs", "log"):
                 passed |= set(source.outs)
             elif source.primitive not in (*_SHAPING, "add", "reduce_sum"):
