@@ -14,7 +14,7 @@ from xviz_jax.tracing import axes as axis_maps
 from xviz_jax.tracing.axes import Side
 from xviz_jax.tracing.compat import Literal
 from xviz_jax.tracing.graph import Atom, Body, Graph, Node
-from xviz_jax.tracing.origins import origin
+from xviz_jax.tracing.origins import is_raw, origin
 
 _LONGEST_WALK = 400
 
@@ -44,6 +44,8 @@ def find(graph: Graph, body: Body, known: Collection[Node]) -> Iterator[Node]:
 def _is_weighed(
     graph: Graph, weights: Side, values: Side, known: Collection[Node]
 ) -> bool:
+    if is_raw(graph, values.atom) or is_raw(graph, weights.atom):
+        return False
     if not (_is_computed(graph, values.atom) and _is_computed(graph, weights.atom)):
         return False
     for axis, own in zip(weights.contract, values.contract, strict=True):
@@ -73,7 +75,7 @@ def _is_computed(graph: Graph, atom: Atom) -> bool:
     """Whether products and inputs have a part in a value: in weights they have none."""
     waiting, seen = [atom], set()
     multiplied = given = False
-    while waiting and len(seen) < _LONGEST_WALK:
+    while waiting and len(seen) < _LONGEST_WALK and not (multiplied and given):
         current = waiting.pop()
         if isinstance(current, Literal) or current in seen:
             continue
