@@ -209,8 +209,9 @@ ORDERS = {
 @pytest.mark.parametrize("name", ORDERS)
 def test_positions_in_another_order(name):
     between = lambda x: layer(ORDERS[name](layer(x)))[0] @ HEAD
+    placed = lambda x: layer(ORDERS[name](layer(x)) + Y)[0] @ HEAD
     around = lambda x: (x + ORDERS[name](layer(ORDERS[name](x))))[0] @ HEAD
-    for model in (between, around):
+    for model in (between, placed, around):
         for method in (xv.attention_rollout, xv.raw_attention, xv.grad_sam):
             with pytest.raises(ValueError, match=f"{name!r} puts positions .* order"):
                 method(model)(X, target=1)
@@ -224,7 +225,7 @@ def test_what_keeps_the_order():
         x = x + 0.5 * jnp.concatenate([jnp.zeros((1, WIDTH)), x[:-1]])
         order = jnp.argsort(x[:, 0])
         x = x + jnp.tanh(x[order] @ WQ)[jnp.argsort(order)]
-        x = layer(jnp.concatenate([Y[:2], x[2:]]))
+        x = layer(jnp.concatenate([Y[:2], x[2:]])[np.arange(LENGTH)])
         own = jnp.stack([x @ WQ, x @ WK], axis=1)[jnp.arange(LENGTH), order % 2]
         return (layer(x + own)[::-1][3] + x[np.arange(LENGTH)][2]) @ HEAD
 
@@ -288,6 +289,36 @@ def test_values_of_another_sequence():
         xv.attention_rollout(model)((X, Y), target=1)
 
 
+def test_keys_and_values_that_are_each_shifted():
+    """Their positions begin in two arrays, and both of these in one."""
+    zero = jnp.zeros((1, WIDTH))
+    shift = lambda x: jnp.concatenate([zero, x])[:-1]
+
+    def model(x):
+        own = jax.nn.softmax(shift(x @ WQ) @ shift(x @ WK).T)
+        return (x + own @ shift(x @ WV))[0] @ HEAD
+
+    own = np.asarray(jax.nn.softmax(shift(X @ WQ) @ shift(X @ WK).T))
+    slope = np.zeros((LENGTH, LENGTH))
+    slope[0] = np.asarray(HEAD[:, 1] @ shift(X @ WV).T)
+    # Queries and keys begin in two arrays, and are two sequences.
+    _, keys = xv.grad_sam(model)(X, target=1).scores.values()
+    close(keys, (own * np.maximum(slope, 0)).mean(0))
+
+
+def test_a_deep_layer_is_not_passed_over():
+    """However far the inputs are."""
+
+    def model(x):
+        for _ in range(60):
+            x = layer(jnp.tanh(x * 1.5 + 0.5) - 0.5)
+        x = x + jax.nn.sigmoid(scores(x)) @ (x @ WV)
+        return layer(x)[0] @ HEAD
+
+    kinds = [site.kind for site in tracing.sites(model, X)]
+    assert kinds.count("unknown") == 1
+
+
 def test_one_map_for_two_layers():
     def model(x):
         own = jax.nn.softmax(scores(x))
@@ -301,14 +332,17 @@ def test_one_map_for_two_layers():
 RELATIVE = jnp.asarray(RANDOM.normal(size=(LENGTH, LENGTH, WIDTH)), jnp.float32)
 
 
+OWN = jax.nn.softmax(scores(X))
+
+
 def relative_values(x, change):
-    own = jax.nn.softmax(scores(x)) + change
+    own = jax.nn.softmax(scores(x)) if change is None else OWN + change
     added = own @ (x @ WV) + jnp.einsum("qk,qkd->qd", own, RELATIVE)
     return (x + added)[0] @ HEAD
 
 
 def copying(x, change):
-    own = jax.nn.softmax(scores(x)) + change
+    own = jax.nn.softmax(scores(x)) if change is None else OWN + change
     copied = (
         3 * own[0] @ jnp.asarray(np.eye(3, dtype=np.float32)[np.arange(LENGTH) % 3])
     )
@@ -320,8 +354,8 @@ def test_a_map_that_is_used_twice(model):
     """The gradient at the map is of all its uses."""
     none = jnp.zeros((LENGTH, LENGTH))
     slope = np.asarray(jax.grad(lambda change: model(X, change)[1])(none))
-    own = np.asarray(jax.nn.softmax(scores(X)))
-    explained = lambda x: model(x, 0.0)
+    own = np.asarray(OWN)
+    explained = lambda x: model(x, None)
     found = xv.grad_sam(explained)(X, target=1)
     close(found.scores, (own * np.maximum(slope, 0)).mean(0))
     found = xv.attention_relevance(explained, query="mean")(X, target=1)

@@ -43,6 +43,15 @@ def texts(tmp_path):
     return path
 
 
+def test_a_checkpoint_of_few_tokens(folder, tmp_path):
+    """Fewer than the shortest bucket otherwise has."""
+    path = tmp_path / "few.jsonl"
+    path.write_text(json.dumps({"text": TEXTS[0]}) + "\n")
+    given = {"model": str(folder("bert_sequence")), "data": str(path)}
+    done = harness.run(tmp_path / "out", **given, methods=("saliency",))
+    assert (done.state, done.explained) == ("complete", 1)
+
+
 @pytest.mark.parametrize("name", ["bert_sequence", "gpt2_sequence"])
 def test_padded_texts_are_as_they_are_alone(name, folder, texts, tmp_path):
     """27: nothing but special tokens is explained, no text at all is not."""

@@ -222,6 +222,8 @@ def test_how_far_a_run_is(tmp_path):
     found = harness.run(tmp_path, **given, devices=2, progress=seen.append)
     done = [each.done for each in seen]
     assert done == sorted(done) and 0 < done[0] < done[-1] == 8
+    # Before the first commit, a pass over the records says nothing of the others.
+    assert (seen[0].rate, seen[0].seconds_left) == (0, None)
     last = seen[-1]
     assert (last.records, last.quarantined, last.unconverged) == (8, 2, 6)
     assert last.devices == len(found.devices) == 2

@@ -149,6 +149,7 @@ def _made_by_the_model(program: Program, *, exact: bool) -> frozenset[str]:
         located.site.name
         for located in program.located
         if isinstance(located.values, AttentionValues)
+        and "probabilities" in located.site.values
         and (not exact or located.values.dtype == jnp.float32)
     )
 

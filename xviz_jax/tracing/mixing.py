@@ -14,88 +14,93 @@ from xviz_jax.tracing import axes as axis_maps
 from xviz_jax.tracing.axes import Side
 from xviz_jax.tracing.compat import Literal
 from xviz_jax.tracing.graph import Atom, Body, Graph, Node
-from xviz_jax.tracing.origins import is_raw, origin
+from xviz_jax.tracing.origins import origin, steps_back
 
-_LONGEST_WALK = 400
-
-
-def find(graph: Graph, body: Body, known: Collection[Node]) -> Iterator[Node]:
-    """Products that weigh values by a function of scores.
-
-    Args:
-      graph: The program.
-      body: Where to look.
-      known: Products that weigh values by a softmax, and exponentials of these: what
-        is made of them as well is their derivative.
-    """
-    known = set(known)
-    for node in body.leaves:
-        if node.primitive != "dot_general" or node in known:
-            continue
-        sides = axis_maps.sides(graph, node)
-        assert sides is not None
-        if any(
-            _is_weighed(graph, sides[operand], sides[1 - operand], known)
-            for operand in (0, 1)
-        ):
-            yield node
+_PRODUCTS = ("conv_general_dilated", "dot_general")
 
 
-def _is_weighed(
-    graph: Graph, weights: Side, values: Side, known: Collection[Node]
-) -> bool:
-    if is_raw(graph, values.atom) or is_raw(graph, weights.atom):
-        return False
-    if not (_is_computed(graph, values.atom) and _is_computed(graph, weights.atom)):
-        return False
-    for axis, own in zip(weights.contract, values.contract, strict=True):
-        began = origin(graph, values.atom, own)
-        for product, out in _products(graph, weights.atom, axis, known):
-            if _runs_from(graph, product, out, began):
-                return True
-    return False
+class Finder:
+    """Looks through the bodies of a program, each before those inside it."""
 
+    def __init__(self, graph: Graph):
+        """Nothing is known of any value."""
+        self.graph = graph
+        # Values in which an input has a part, and those in which it and a product have.
+        self._given: set[Atom] = set(graph.root.ins)
+        self._computed: set[Atom] = set()
 
-def _runs_from(graph: Graph, product: Node, out: int, began: tuple[Atom, int]) -> bool:
-    """Whether an axis of a product of two arrays is that of keys which began there."""
-    sides = axis_maps.sides(graph, product)
-    assert sides is not None
-    for mine, other in (sides, sides[::-1]):
-        keys = [axis for axis in mine.free if mine.out[axis] == out]
-        if not keys or not other.free:
-            continue
-        if not (_is_computed(graph, mine.atom) and _is_computed(graph, other.atom)):
-            continue
-        if origin(graph, mine.atom, keys[0]) == began:
-            return True
-    return False
+    def find(self, body: Body, known: Collection[Node]) -> Iterator[Node]:
+        """Products that weigh values by a function of scores.
 
+        Args:
+          body: Where to look.
+          known: Products that weigh values by a softmax.
+        """
+        self._mark(body)
+        for node in body.leaves:
+            if node.primitive != "dot_general" or node in known:
+                continue
+            sides = axis_maps.sides(self.graph, node)
+            assert sides is not None
+            one, other = sides
+            if self._is_weighed(one, other, known) or self._is_weighed(
+                other, one, known
+            ):
+                yield node
 
-def _is_computed(graph: Graph, atom: Atom) -> bool:
-    """Whether products and inputs have a part in a value: in weights they have none."""
-    waiting, seen = [atom], set()
-    multiplied = given = False
-    while waiting and len(seen) < _LONGEST_WALK and not (multiplied and given):
-        current = waiting.pop()
-        if isinstance(current, Literal) or current in seen:
-            continue
-        seen.add(current)
-        # Which slice of the weights it is says nothing of them.
-        if not jnp.issubdtype(graph.aval(current).dtype, jnp.floating):
-            continue
-        node = graph.source(current)
-        if node is None:
-            if current in graph.outer:
-                waiting.append(graph.outer[current])
-            else:
-                given |= current not in graph.constants
+    def _mark(self, body: Body) -> None:
+        """Notes which values of a body are computed: weights alone are not."""
+        graph = self.graph
+        for atom in body.ins:
+            if atom in graph.root.ins:
+                continue
+            if atom not in graph.outer:
                 # What a loop carries.
-                multiplied |= given and current not in graph.root.ins
-        else:
-            products = ("conv_general_dilated", "dot_general")
-            multiplied |= bool(node.bodies) or node.primitive in products
-            waiting += node.ins
-    return multiplied and given
+                self._note(atom, given=True, computed=True)
+                continue
+            outside = graph.outer[atom]
+            given, computed = outside in self._given, outside in self._computed
+            self._note(atom, given=given, computed=computed)
+        for node in body.leaves:
+            given = not self._given.isdisjoint(self._floats(node.ins))
+            computed = not self._computed.isdisjoint(self._floats(node.ins))
+            computed |= given and (bool(node.bodies) or node.primitive in _PRODUCTS)
+            for atom in node.outs:
+                self._note(atom, given=given, computed=computed)
+
+    def _note(self, atom: Atom, *, given: bool, computed: bool) -> None:
+        self._given |= {atom} if given else set()
+        self._computed |= {atom} if computed else set()
+
+    def _floats(self, atoms: Collection[Atom]) -> list[Atom]:
+        """Which slice of the weights is taken says nothing of them."""
+        return [
+            atom
+            for atom in atoms
+            if not isinstance(atom, Literal)
+            and jnp.issubdtype(self.graph.aval(atom).dtype, jnp.floating)
+        ]
+
+    def _is_weighed(self, weights: Side, values: Side, known: Collection[Node]) -> bool:
+        if not {weights.atom, values.atom} <= self._computed:
+            return False
+        for axis, own in zip(weights.contract, values.contract, strict=True):
+            began = origin(self.graph, values.atom, own)
+            for product, out in _products(self.graph, weights.atom, axis, known):
+                if self._runs_from(product, out, began):
+                    return True
+        return False
+
+    def _runs_from(self, product: Node, out: int, began: tuple[Atom, int]) -> bool:
+        """Whether an axis of a product of two arrays is of keys that began there."""
+        sides = axis_maps.sides(self.graph, product)
+        assert sides is not None
+        for mine, other in (sides, sides[::-1]):
+            keys = [axis for axis in mine.free if mine.out[axis] == out]
+            both = {mine.atom, other.atom} <= self._computed
+            if keys and other.free and both:
+                return origin(self.graph, mine.atom, keys[0]) == began
+        return False
 
 
 def _products(
@@ -104,7 +109,7 @@ def _products(
     """Products of which a value is an elementwise function, and where its axis is."""
     found: list[tuple[Node, int]] = []
     waiting, seen = [(atom, axis)], set()
-    while waiting and len(seen) < _LONGEST_WALK:
+    while waiting:
         place = atom, axis = waiting.pop()
         node = graph.source(atom)
         if node is None or place in seen or node.bodies:
@@ -113,19 +118,6 @@ def _products(
         if node.primitive == "dot_general":
             if node not in known:
                 found.append((node, axis))
-            continue
-        if node in known:
-            return []
-        result = graph.shape(atom)
-        for operand, source in enumerate(node.ins):
-            if isinstance(source, Literal):
-                continue
-            shape = graph.shape(source)
-            if node.primitive in axis_maps.SHAPING:
-                identity = axis_maps.identity(shape)
-                for axes in axis_maps.through(graph, node, operand, identity):
-                    pieces = [piece for piece in axes[axis] if not piece.broadcast]
-                    waiting += [(source, p.axis) for p in pieces if p.size > 1]
-            elif shape == result and len(node.outs) == 1:
-                waiting.append((source, axis))
+        else:
+            waiting += steps_back(graph, node, atom, axis)
     return found

@@ -1,5 +1,7 @@
 """Where a value comes from: what it is made of, looking back through a program."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from xviz_jax.tracing import axes as axis_maps
@@ -45,6 +47,16 @@ def _step_back(graph: Graph, node: Node, atom: Atom, axis: int):
                 if out == axis:
                     return side.atom, own
         return None
+    return next(steps_back(graph, node, atom, axis), None)
+
+
+def steps_back(
+    graph: Graph, node: Node, atom: Atom, axis: int
+) -> Iterator[tuple[Atom, int]]:
+    """Where an axis is in the operands of what changes shape, or each value by itself.
+
+    The operands that vary along it come in their order.
+    """
     result = graph.shape(atom)
     for operand, source in enumerate(node.ins):
         if isinstance(source, Literal):
@@ -57,13 +69,10 @@ def _step_back(graph: Graph, node: Node, atom: Atom, axis: int):
             for axes in axis_maps.through(graph, node, operand, identity):
                 pieces = [piece for piece in axes[axis] if not piece.broadcast]
                 wide = [piece for piece in pieces if piece.size > 1] or pieces
-                if wide:
-                    return source, wide[0].axis
+                yield from ((source, piece.axis) for piece in wide)
         elif shape == result and len(node.outs) == 1:
-            if len(node.ins) > 1 and is_repeated(graph, source, axis):
-                continue
-            return source, axis
-    return None
+            if len(node.ins) == 1 or not is_repeated(graph, source, axis):
+                yield source, axis
 
 
 def is_repeated(graph: Graph, atom: Atom, axis: int) -> bool:

@@ -143,12 +143,13 @@ class _Found:
 
 
 def _locate(graph: Graph, inputs: dict[int, tuple[str, ...]]) -> tuple[Located, ...]:
-    lookups = activation.Lookups(graph)
+    lookups, mixed = activation.Lookups(graph), mixing.Finder(graph)
     found: list[_Found] = []
     for body in graph.bodies():
         around, order = _around(body)
         endless = any(b.parent and b.parent.kind == "while" for b in body.ancestry())
-        for node, base, values, site in _sites_of(graph, body, around, lookups, inputs):
+        sites = _sites_of(graph, body, around, lookups, mixed, inputs)
+        for node, base, values, site in sites:
             if any(mark in node.scope for mark in _BACKWARD):
                 continue
             if endless and site.kind in _ACTIVATIONS:
@@ -196,6 +197,7 @@ def _sites_of(
     body: Body,
     around: tuple[int, ...],
     lookups: activation.Lookups,
+    mixed: mixing.Finder,
     inputs: dict[int, tuple[str, ...]],
 ) -> Iterator[tuple[Node, str, Values, Site]]:
     """Sites of one body: where each runs, its name's base, its values, and itself."""
@@ -204,8 +206,6 @@ def _sites_of(
     for softmax in matcher.find(graph, body):
         reading = roles.read(graph, softmax)
         weighing.update(combine.node for combine in softmax.combines)
-        if reading is not None:
-            weighing.add(softmax.node)
         if reading is None:
             if roles.is_unnormalised(graph, softmax):
                 site = Site("", "unknown", around, why=_UNNORMALISED)
@@ -230,7 +230,7 @@ def _sites_of(
             at = graph.producer.get(stream, reading.softmax.node)
             block = ActivationValues(graph, stream)
             yield at, f"{base}/block" if base else "block", block, site
-    for node in mixing.find(graph, body, weighing):
+    for node in mixed.find(body, weighing):
         site = Site("", "unknown", around, why=_UNWEIGHED)
         yield node, _scope_name(node.scope), UnknownValues(), site
     for kernel in fused.find(graph, body):

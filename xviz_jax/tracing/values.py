@@ -103,9 +103,8 @@ class AttentionValues:
 
     @property
     def dtype(self) -> Any:
-        """Of the probabilities."""
-        reading = self.reading
-        atom = reading.softmax.exponential if reading.deferred else reading.probability
+        """Of the probabilities, or of what would be divided to these."""
+        (atom, *_), _ = self.native_probabilities()
         return self.graph.aval(atom).dtype
 
     def rewrite(self, plan: Plan, name: str, change: Change) -> None:
