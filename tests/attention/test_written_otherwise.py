@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 
 import xviz_jax as xv
 from xviz_jax import tracing
@@ -343,6 +344,8 @@ def relative_values(x, change):
 
 def copying(x, change):
     own = jax.nn.softmax(scores(x)) if change is None else OWN + change
+    # What is read twice is the map by another name.
+    own = checkpoint_name(own, "map")
     copied = (
         3 * own[0] @ jnp.asarray(np.eye(3, dtype=np.float32)[np.arange(LENGTH) % 3])
     )
